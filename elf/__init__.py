@@ -1,0 +1,1 @@
+"""What a file says: sections, symbols, relocations, fentry sites and struct layouts.  Runs nothing."""

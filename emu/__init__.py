@@ -1,0 +1,1 @@
+"""The machine: memory, vCPUs, execution, text poking, ftrace, trampolines, tasks and module loading."""

@@ -1,0 +1,71 @@
+"""Physical memory: one host mapping that Unicorn executes from and Python reads and writes directly.
+
+Frames are handed out from two pools.  Frames for text and read-only data come from the top and never change
+behind our back; everything the guest can write (page tables, data, stacks, heap) comes from the bottom.  The
+writable part is therefore one slice, which is what makes copying and restoring it cheap (`checkpoint`).
+"""
+
+import ctypes
+import mmap
+
+from elf.errors import KlpemuError
+from emu.memory import PAGE_SIZE
+
+__all__ = ["Arena"]
+
+# Reserved, not used: the host gives out a page only when it is first touched.
+ARENA_SIZE = 1 << 30
+MAP_NORESERVE = 0x4000
+
+
+class Arena:
+    """`size` bytes of physical memory; a physical address is an offset into it."""
+
+    def __init__(self, size: int = ARENA_SIZE) -> None:
+        self.size = size
+        self.bytes = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self.host_address = ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
+        self._writable_end = PAGE_SIZE  # frame 0 stays unused: physical address 0 is nobody's
+        self._image_start = size
+        self._free: list[int] = []
+        self._free_images: list[int] = []
+
+    def writable_frames(self, count: int) -> int:
+        """Physical address of `count` contiguous zeroed frames from the writable pool."""
+        if count == 1 and self._free:
+            frame = self._free.pop()
+            self.bytes[frame : frame + PAGE_SIZE] = bytes(PAGE_SIZE)
+            return frame
+        frame = self._writable_end
+        self._writable_end += count * PAGE_SIZE
+        self._check()
+        return frame
+
+    def image_frames(self, count: int) -> int:
+        """Physical address of `count` contiguous zeroed frames for text or read-only data."""
+        if count == 1 and self._free_images:
+            frame = self._free_images.pop()
+            self.bytes[frame : frame + PAGE_SIZE] = bytes(PAGE_SIZE)
+            return frame
+        self._image_start -= count * PAGE_SIZE
+        self._check()
+        return self._image_start
+
+    def release(self, frame: int) -> None:
+        """Give back one frame to the pool it came from."""
+        (self._free_images if frame >= self._image_start else self._free).append(frame)
+
+    def checkpoint(self) -> bytes:
+        """A copy of everything the guest can write."""
+        return self.bytes[: self._writable_end]
+
+    def restore(self, checkpoint: bytes) -> None:
+        """Make the writable memory what it was when the checkpoint was taken; no frame may have been handed out since."""
+        self.bytes[: len(checkpoint)] = checkpoint
+
+    def _check(self) -> None:
+        if self._writable_end > self._image_start:
+            raise KlpemuError(
+                f"the guest's {self.size >> 20} MiB of physical memory are used up",
+                advice="load fewer modules, or give the machine a larger arena",
+            )

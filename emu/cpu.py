@@ -1,0 +1,174 @@
+"""A vCPU: one Unicorn instance over the arena, with its own page-table root, GS base and translations.
+
+Every odd line here answers a trait of Unicorn 2.1.4 that was measured, not guessed:
+
+- Kernel addresses work only with paging on, so CR0, CR3, CR4 and EFER are set up as long mode wants them (SDM
+  Vol. 3A, 4.1.1).
+- Every run passes a count.  A run without one in between makes Unicorn drop all translated code.
+- `int3` and page faults arrive through the interrupt hook with RIP past the `int3`, and on the faulting
+  instruction; `ud2` arrives as an error with RIP on it; a guest leaves by `hlt`, with RIP past it.
+- A fault leaves QEMU's "old exception" set, and the next one would come out as a double fault; restoring a clean
+  context clears it.
+- The hook that records executed addresses costs half a microsecond an instruction, so it lives on an instance of
+  its own (`trace=True`), and the others run without any.
+"""
+
+import ctypes
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import unicorn
+import unicorn.x86_const as x86
+from unicorn.unicorn_py3.unicorn import uclib  # the bindings' own reads cost 2.6 us a register
+
+from emu.paging import AddressSpace
+
+__all__ = ["REGISTERS", "Stop", "StopKind", "VCpu"]
+
+REGISTERS = (
+    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "eflags"),
+)
+
+_IDS = (ctypes.c_int * len(REGISTERS))(*(getattr(x86, f"UC_X86_REG_{name.upper()}") for name in REGISTERS))
+XMM_COUNT = 16
+_XMM_IDS = (ctypes.c_int * XMM_COUNT)(*(x86.UC_X86_REG_XMM0 + index for index in range(XMM_COUNT)))
+_INDEX = {name: index for index, name in enumerate(REGISTERS)}
+
+MSR_EFER = 0xC000_0080
+EFER_LME_LMA_NXE = 1 << 8 | 1 << 10 | 1 << 11
+CR0_PE_MP_WP_PG = 1 << 0 | 1 << 1 | 1 << 16 | 1 << 31
+CR4_PAE_OSFXSR_OSXMMEXCPT = 1 << 5 | 1 << 9 | 1 << 10
+EFLAGS_FIXED = 1 << 1
+
+INTERRUPT_BREAKPOINT = 3
+INTERRUPT_PAGE_FAULT = 14
+TRANSLATION_BUFFER = 16 << 20
+
+
+class StopKind(enum.Enum):
+    """Why a vCPU left the guest."""
+
+    BUDGET = "instruction budget spent"
+    HALT = "hlt"
+    BREAKPOINT = "int3"
+    UNDEFINED = "undefined instruction"
+    FAULT = "exception"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where and why a run ended.  `rip` is past a `hlt` or `int3`, and on the instruction otherwise."""
+
+    kind: StopKind
+    rip: int
+    vector: int = 0
+    address: int = 0  # CR2 of a page fault
+
+
+class VCpu:
+    """One vCPU.  `number` is what the kernel calls it; `gs_base` is the virtual address of its per-CPU area."""
+
+    def __init__(self, space: AddressSpace, number: int, gs_base: int, *, trace: bool = False) -> None:
+        self.number = number
+        self.gs_base = gs_base
+        self.executed: list[int] = []
+        self.stop_at: int | None = None
+        self._interrupt: tuple[int, int] | None = None
+        self._values = (ctypes.c_uint64 * len(REGISTERS))()
+        self._pointers = (ctypes.c_void_p * len(REGISTERS))(
+            *(ctypes.addressof(self._values) + 8 * index for index in range(len(REGISTERS)))
+        )
+        self._xmm = (ctypes.c_ubyte * (16 * XMM_COUNT))()
+        self._xmm_pointers = (ctypes.c_void_p * XMM_COUNT)(
+            *(ctypes.addressof(self._xmm) + 16 * index for index in range(XMM_COUNT))
+        )
+        self._uc = uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        # A model without RDRAND and RDSEED: they would return the host's randomness.
+        uc.ctl_set_cpu_model(x86.UC_CPU_X86_WESTMERE)
+        uc.ctl_set_tcg_buffer_size(TRANSLATION_BUFFER)
+        uc.mem_map_ptr(0, space.arena.size, unicorn.UC_PROT_ALL, space.arena.host_address)
+        uc.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
+        if trace:
+            uc.hook_add(unicorn.UC_HOOK_CODE, self._on_instruction)
+        uc.reg_write(x86.UC_X86_REG_CR3, space.new_root())
+        uc.reg_write(x86.UC_X86_REG_CR4, CR4_PAE_OSFXSR_OSXMMEXCPT)
+        uc.msr_write(MSR_EFER, EFER_LME_LMA_NXE)
+        uc.reg_write(x86.UC_X86_REG_CR0, CR0_PE_MP_WP_PG)
+        uc.reg_write(x86.UC_X86_REG_GS_BASE, gs_base)
+        uc.reg_write(x86.UC_X86_REG_EFLAGS, EFLAGS_FIXED)
+        self._clean = uc.context_save()
+        space.translators.append(self)
+
+    def registers(self) -> dict[str, int]:
+        """The general registers, RIP and RFLAGS by name."""
+        uclib.uc_reg_read_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
+        return dict(zip(REGISTERS, self._values, strict=True))
+
+    def set_registers(self, values: Mapping[str, int]) -> None:
+        """Set those registers that `values` names, and leave the others as they are."""
+        uclib.uc_reg_read_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
+        for name, value in values.items():
+            self._values[_INDEX[name]] = value & 0xFFFF_FFFF_FFFF_FFFF
+        uclib.uc_reg_write_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
+
+    def set_gs_base(self, address: int) -> None:
+        """Point GS at another per-CPU area: the tracing instance stands in for any vCPU."""
+        self.gs_base = address
+        self._uc.reg_write(x86.UC_X86_REG_GS_BASE, address)
+
+    def vectors(self) -> bytes:
+        """xmm0 to xmm15, 16 bytes each."""
+        uclib.uc_reg_read_batch(self._uc._uch, _XMM_IDS, self._xmm_pointers, XMM_COUNT)
+        return bytes(self._xmm)
+
+    def set_vectors(self, values: bytes) -> None:
+        """Set xmm0 to xmm15."""
+        self._xmm[:] = values
+        uclib.uc_reg_write_batch(self._uc._uch, _XMM_IDS, self._xmm_pointers, XMM_COUNT)
+
+    def run(self, count: int) -> Stop:
+        """Execute at most `count` instructions from RIP on; every iteration of a `rep` counts, plus one."""
+        self._interrupt = None
+        start = self._uc.reg_read(x86.UC_X86_REG_RIP)
+        try:
+            self._uc.emu_start(start, 0, count=count)
+        except unicorn.UcError as error:
+            if error.errno == unicorn.UC_ERR_INSN_INVALID:
+                return Stop(StopKind.UNDEFINED, self._uc.reg_read(x86.UC_X86_REG_RIP), vector=6)
+            raise
+        rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
+        if self._interrupt is None:
+            # A spent budget and a `hlt` look alike to Unicorn; only the caller's map of exits can tell them apart.
+            return Stop(StopKind.BUDGET, rip)
+        vector, address = self._interrupt
+        if vector == INTERRUPT_BREAKPOINT:
+            return Stop(StopKind.BREAKPOINT, rip, vector)
+        self._clear_exception()
+        return Stop(StopKind.FAULT, rip, vector, address if vector == INTERRUPT_PAGE_FAULT else 0)
+
+    def drop_translations(self, start: int, end: int) -> None:
+        """Forget translated code of the virtual range [start, end): Unicorn does not notice our writes itself."""
+        self._uc.ctl_remove_cache(start, end)
+
+    def flush_tlb(self) -> None:
+        """Forget all address translations, after page table entries have changed."""
+        self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+
+    def _clear_exception(self) -> None:
+        registers, gs_base = self.registers(), self.gs_base
+        self._uc.context_restore(self._clean)
+        self.set_registers(registers)
+        self.set_gs_base(gs_base)
+
+    def _on_interrupt(self, uc: Any, vector: int, _data: Any) -> None:
+        self._interrupt = (vector, uc.reg_read(x86.UC_X86_REG_CR2))
+        uc.emu_stop()
+
+    def _on_instruction(self, uc: Any, address: int, _size: int, _data: Any) -> None:
+        if address == self.stop_at:
+            uc.emu_stop()
+        else:
+            self.executed.append(address)

@@ -1,0 +1,270 @@
+"""The hub: the one place that enters the guest, and that decides who goes on.
+
+A service never runs guest code itself and never waits itself.  At a door (a load or a store of shared memory, a
+sync, a call up into guest code) it switches here, and the hub picks what runs next: the same service, another
+task's, or a vCPU for some instructions.  So every interleaving can be produced, and nothing nests on the host's
+stack.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import greenlet
+
+from elf.errors import KlpemuError
+from emu.cpu import Stop, StopKind
+from emu.task import Activity, GuestCall, Service, Task
+
+__all__ = ["Door", "Hub", "RunToCompletion", "Schedule", "Traps"]
+
+# A guest entry that takes longer than this does not end: at 100 million instructions a second that is half a second.
+INSTRUCTION_BUDGET = 50_000_000
+EXIT_BUDGET = 1_000_000
+
+
+class Door:
+    """What a service asks of the hub when it switches there."""
+
+    __slots__ = ("activity", "address", "kind")
+
+    def __init__(self, kind: str, address: int = 0, activity: Activity | None = None) -> None:
+        self.kind = kind
+        self.address = address
+        self.activity = activity
+
+
+class Schedule(Protocol):
+    """Decides which task goes on, and for how many instructions if it is in the guest."""
+
+    interleaves: bool  # if not, services need not stop at the doors where nobody else could go on
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        """One of the runnable `tasks` (never empty), and its instructions (None: as many as its budget has)."""
+        ...
+
+
+class RunToCompletion:
+    """The schedule without surprises: whatever was started last runs until it is done or waits."""
+
+    interleaves = False
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        return (finishing if finishing in tasks else tasks[0]), None
+
+
+class Traps(Protocol):
+    """What the hub asks when guest code leaves the guest; the machine answers."""
+
+    def export_at(self, rip: int) -> Callable[[Task], Any] | None:
+        """The service of the exit stub whose `hlt` ends at `rip`."""
+        ...
+
+    def is_return(self, rip: int) -> bool:
+        """`rip` is behind the `hlt` that a call from outside returns to."""
+        ...
+
+    def breakpoint(self, task: Task, address: int) -> bool:
+        """Ask the list of breakpoint handlers about the int3 at `address`; False if nobody claims it."""
+        ...
+
+    def undefined(self, task: Task, address: int) -> bool:
+        """A `ud2` at `address`: True if it was a WARN and the guest goes on behind it."""
+        ...
+
+    def fault(self, task: Task, call: GuestCall, stop: Stop) -> KlpemuError:
+        """The error that ends the call: an exception nobody handles, or a spent budget."""
+        ...
+
+    def frame(self, call: GuestCall, stack: int) -> dict[str, int]:
+        """Build the stack frame of a call below `stack`; returns the registers to enter it with."""
+        ...
+
+    def entering(self, task: Task) -> None:
+        """Guest code is about to run (the flight recorder takes its checkpoint here)."""
+        ...
+
+
+class Hub:
+    """Runs the tasks' activities, one step at a time."""
+
+    def __init__(self, traps: Traps) -> None:
+        self.tasks: list[Task] = []
+        self.schedule: Schedule = RunToCompletion()
+        self.instruction_budget = INSTRUCTION_BUDGET
+        self._traps = traps
+        self._greenlet = greenlet.getcurrent()
+        self._running: Service | None = None
+        self._current: Task | None = None
+
+    @property
+    def current(self) -> Task:
+        """The task on whose behalf the running service runs."""
+        if self._current is None:
+            raise KlpemuError("kernel services run on behalf of a task", advice="start them through the hub")
+        return self._current
+
+    @property
+    def in_service(self) -> bool:
+        """A service is running right now, so there is a task on whose behalf."""
+        return self._running is not None
+
+    def call(self, task: Task, entry: int, arguments: Sequence[int] = (), **registers: int) -> GuestCall:
+        """Let `task` call guest code next; `registers` are set beside the arguments."""
+        call = GuestCall(entry=entry, arguments=tuple(arguments), registers=registers)
+        call.budget = self.instruction_budget
+        task.activities.append(call)
+        return call
+
+    def serve(self, task: Task, name: str, body: Callable[[], Any]) -> Service:
+        """Let `task` run a service next."""
+        service = Service(name=name, body=body)
+        task.activities.append(service)
+        return service
+
+    def finish(self, task: Task, activity: Activity) -> Any:
+        """Run until `activity`, which is the task's, is done; returns its result or raises its error."""
+        if self._running is not None:
+            raise KlpemuError("a service waits at its door, it does not drive the hub")
+        self._greenlet = greenlet.getcurrent()
+        try:
+            while not activity.finished:
+                runnable = [each for each in self.tasks if each.runnable]
+                if not runnable:
+                    raise KlpemuError(f"deadlock: {self._blocked()}")
+                picked, instructions = self.schedule.pick(runnable, task)
+                self.advance(picked, instructions)
+        except BaseException:
+            self.abandon(task)
+            raise
+        if activity.error is not None:
+            raise activity.error
+        return activity.result
+
+    def advance(self, task: Task, instructions: int | None = None) -> None:
+        """One step of one task: a service up to its next door, or guest code for some instructions."""
+        top = task.top
+        if isinstance(top, GuestCall):
+            self._advance_guest(task, top, instructions)
+        elif isinstance(top, Service):
+            self._advance_service(task, top)
+
+    def abandon(self, task: Task) -> None:
+        """Drop all that a task was doing, after an error that nothing can go on from."""
+        abandoned, task.activities = task.activities, []
+        for activity in reversed(abandoned):
+            if isinstance(activity, Service) and activity.coroutine is not None:
+                activity.coroutine.throw(greenlet.GreenletExit)
+
+    # Doors, called from inside a service.
+
+    def door(self, kind: str, address: int = 0) -> None:
+        """Somebody else may go on here, if the schedule wants that; outside of services this does nothing."""
+        if self._running is not None and self.schedule.interleaves:
+            self._greenlet.switch(Door(kind, address))
+
+    def wait(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait until a predicate holds."""
+        service = self._running
+        if service is None:
+            return
+        service.waiting, service.waiting_for = holds, what
+        self._greenlet.switch(Door("wait"))
+        service.waiting = None
+
+    def call_guest(self, entry: int, *arguments: int) -> int:
+        """Call guest code on the current task's own stack; returns RAX."""
+        if self._running is None:
+            raise KlpemuError("only a service can call up into guest code")
+        task = self.current
+        return int(self._greenlet.switch(Door("call", entry, self.call(task, entry, arguments))))
+
+    # Steps.
+
+    def _advance_service(self, task: Task, service: Service) -> None:
+        if service.coroutine is None:
+            body = service.body
+            assert body is not None
+            service.coroutine = greenlet.greenlet(body, parent=self._greenlet)
+        self._running, self._current = service, task
+        try:
+            if service.inbox_error is not None:
+                error, service.inbox_error = service.inbox_error, None
+                answer = service.coroutine.throw(error)
+            else:
+                answer = service.coroutine.switch(*(() if service.inbox is None else (service.inbox,)))
+            service.inbox = None
+        except KlpemuError as error:
+            self._done(task, service, None, error)
+            return
+        finally:
+            self._running = self._current = None
+        if service.coroutine.dead:
+            self._done(task, service, answer, None)
+
+    def _advance_guest(self, task: Task, call: GuestCall, instructions: int | None) -> None:
+        cpu = task.cpu
+        if call.breakpoint is not None:
+            address, call.breakpoint = call.breakpoint, None
+            if not self._traps.breakpoint(task, address):
+                stop = Stop(StopKind.BREAKPOINT, address, 3)
+                self._done(task, call, None, self._traps.fault(task, call, stop))
+            return
+        if not call.started:
+            self._start(task, call)
+        share = min(call.budget, instructions or call.budget)
+        self._traps.entering(task)
+        stop = cpu.run(share)
+        call.budget -= share
+        if stop.kind is StopKind.BUDGET:
+            if self._traps.is_return(stop.rip):
+                result = cpu.registers()["rax"]
+                self._done(task, call, result, None)
+                return
+            export = self._traps.export_at(stop.rip)
+            if export is not None:
+                call.budget = self.instruction_budget
+                self.serve(task, "export", lambda: export(task))
+                return
+            if call.budget > 0:
+                return
+        elif stop.kind is StopKind.BREAKPOINT:
+            call.breakpoint = stop.rip - 1
+            call.budget += share
+            return
+        elif stop.kind is StopKind.UNDEFINED and self._traps.undefined(task, stop.rip):
+            call.budget += share
+            return
+        self._done(task, call, None, self._traps.fault(task, call, stop))
+
+    def _start(self, task: Task, call: GuestCall) -> None:
+        below = next((each for each in reversed(task.activities[:-1]) if isinstance(each, GuestCall)), None)
+        if below is None:
+            stack = task.stack_top
+        else:
+            call.saved = task.cpu.registers()
+            stack = call.saved["rsp"]
+        call.started = True
+        task.cpu.set_registers(self._traps.frame(call, stack))
+
+    def _done(self, task: Task, activity: Activity, result: Any, error: BaseException | None) -> None:
+        """Pop a finished activity and hand its result, or its error, to the one below."""
+        activity.finished, activity.result, activity.error = True, result, error
+        task.activities.pop()
+        below = task.top
+        if isinstance(activity, GuestCall) and activity.saved is not None:
+            task.cpu.set_registers(activity.saved)
+        if isinstance(below, Service):
+            below.inbox, below.inbox_error = result, error
+        elif isinstance(below, GuestCall):
+            if error is not None:
+                self._done(task, below, None, error)
+            elif isinstance(activity, Service):
+                task.cpu.set_registers({"rax": result or 0})
+
+    def _blocked(self) -> str:
+        waiting = [
+            f"{task.name} waits for {task.top.waiting_for}"
+            for task in self.tasks
+            if isinstance(task.top, Service)
+        ]
+        return ", ".join(waiting) or "no task has anything to do"

@@ -1,0 +1,195 @@
+"""Loading and unloading modules: kernel/module/main.c, as far as code that runs needs it.
+
+A module is placed, relocated against the kernel and the modules before it, its `call __fentry__` sites are turned
+into NOPs by a direct store (nothing can execute them yet), and only then do its pages become executable.
+"""
+
+import errno
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from elf.errors import ElfError, SymbolError
+from elf.image import Image
+from elf.mcount import Site, SiteKind, fentry_sites, functions_at
+from elf.symbols import Symbol
+from emu.errno import KernelErrno
+from emu.list import list_add_rcu, list_del_rcu
+from emu.placement import Placement, lay_out
+from emu.text_poke import CALL_OPCODE, NOP5, text_gen_insn
+
+__all__ = ["LoadedObject", "ModuleLoader", "Text", "convert_sites", "module_name", "refuse_bad_sites", "texts_of"]
+
+MODULE_NAME_LEN = 56
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Executable bytes as the file and its relocations give them, before any site was touched."""
+
+    name: str
+    address: int
+    contents: bytes
+
+
+@dataclass(eq=False, slots=True)
+class LoadedObject:
+    """A loaded object: "" is vmlinux.  `sites` are the guest virtual addresses of its fentry sites."""
+
+    name: str
+    path: str
+    struct: int
+    placement: Placement
+    texts: list[Text]
+    sites: list[int]
+    exports: dict[str, int] = field(default_factory=dict)
+    depends_on: set[str] = field(default_factory=set)
+
+
+def module_name(path: str) -> str:
+    """The name a module goes by: its file's, without suffix, with the kernel's underscores."""
+    return path.rsplit("/", 1)[-1].removesuffix(".o").removesuffix(".ko").replace("-", "_")
+
+
+def refuse_bad_sites(image: Image, sites: Iterable[Site]) -> None:
+    """Refuse an object one of whose records is neither the call nor one 5-byte NOP."""
+    bad = [site for site in sites if site.kind is SiteKind.OTHER]
+    if bad:
+        names = functions_at(image, bad[:1])[0]
+        where = f"{names[0].name}+{bad[0].address - names[0].value:#x}" if names else f"{bad[0].address:#x}"
+        raise ElfError(
+            f"no usable fentry site: {bad[0].reason}",
+            where=f"{image.path}: {where}",
+            advice="the object was not built for ftrace on x86-64",
+        )
+
+
+def convert_sites(placement: Placement, sites: Iterable[Site], fentry: int) -> list[int]:
+    """Turn each `call __fentry__` into a NOP in the relocated bytes; returns the sites' addresses."""
+    addresses = []
+    for site in sites:
+        base = placement.addresses.get(site.section)
+        if base is None:
+            continue  # a section that is not loaded
+        data = placement.contents[site.section]
+        found = bytes(data[site.offset : site.offset + 5])
+        wanted = text_gen_insn(CALL_OPCODE, base + site.offset, fentry) if site.kind is SiteKind.CALL else NOP5
+        if found != wanted:
+            raise ElfError(
+                f"the fentry site holds {found.hex(' ')}, expected {wanted.hex(' ')}",
+                where=f"{placement.image.path}: {placement.image.sections[site.section].name}+{site.offset:#x}",
+            )
+        data[site.offset : site.offset + 5] = NOP5
+        addresses.append(base + site.offset)
+    return addresses
+
+
+class ModuleLoader:
+    """Loads and unloads modules of one machine; `objects` maps names to what is loaded, vmlinux as ""."""
+
+    def __init__(self, machine: Any) -> None:
+        self._machine = machine
+        self.objects: dict[str, LoadedObject] = {}
+        self._exported: dict[str, tuple[int, str]] = {}
+        # What to do with a symbol that exists nowhere; the bench binds it to a stub that fails when called.
+        self.missing: Callable[[Symbol, str], int] = _refuse_missing
+
+    def load_module(self, image: Image, name: str | None = None) -> LoadedObject:
+        """Load a relocatable object as module `name`; nothing of it stays behind if that fails."""
+        machine = self._machine
+        name = name or image.modinfo.get("name", [module_name(image.path)])[0]
+        if len(name) >= MODULE_NAME_LEN:
+            raise KernelErrno(errno.ENOEXEC, f"module name '{name}' is too long", where=image.path)
+        if name in self.objects:
+            raise KernelErrno(errno.EEXIST, f"module '{name}' is loaded already", where=image.path)
+        sites = fentry_sites(image)
+        refuse_bad_sites(image, sites)
+        depends: set[str] = set()
+        placement = lay_out(image, lambda size: machine.area.reserve(size, f"module {name}"), machine.per_cpu_alloc)
+        try:
+            placement.relocate(lambda symbol: self._resolve(symbol, name, depends))
+            texts = texts_of(placement, name)
+            addresses = convert_sites(placement, sites, machine.fentry)
+        except Exception:
+            if placement.size:
+                machine.area.free(placement.base)
+            raise
+        machine.install(placement)
+        loaded = LoadedObject(name, image.path, self._new_struct(name), placement, texts, addresses)
+        loaded.depends_on = depends
+        loaded.exports = self._exports_of(placement)
+        for symbol, address in loaded.exports.items():
+            self._exported.setdefault(symbol, (address, name))
+        spans = [(group.start, group.start + group.size) for group in placement.groups]
+        machine.kallsyms.add(name, placement.ksyms(name), spans)
+        machine.ftrace.ftrace_module_init(addresses)
+        self.objects[name] = loaded
+        return loaded
+
+    def unload_module(self, name: str) -> None:
+        """Unload a module that nothing uses any more."""
+        machine = self._machine
+        loaded = self.objects.get(name)
+        if loaded is None or not name:
+            raise KernelErrno(errno.ENOENT, f"module '{name}' is not loaded")
+        users = sorted(each.name for each in self.objects.values() if name in each.depends_on)
+        if users:
+            raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use by {', '.join(users)}")
+        machine.ftrace.ftrace_release_mod(loaded.sites)
+        machine.kallsyms.remove(name)
+        list_del_rcu(machine.view("module", loaded.struct).list)
+        machine.slab.kfree(loaded.struct)
+        if loaded.placement.size:
+            machine.area.free(loaded.placement.base)
+        self._exported = {symbol: found for symbol, found in self._exported.items() if found[1] != name}
+        del self.objects[name]
+
+    def _resolve(self, symbol: Symbol, name: str, depends: set[str]) -> int:
+        address = self._machine.vmlinux.symbols.get(symbol.name)
+        if address is not None:
+            return int(address)
+        exported = self._exported.get(symbol.name)
+        if exported is not None:
+            depends.add(exported[1])
+            return exported[0]
+        if symbol.binding == 2:  # a weak reference may stay NULL
+            return 0
+        return self.missing(symbol, name)
+
+    def _exports_of(self, placement: Placement) -> dict[str, int]:
+        """Symbols with an entry in the export tables (EXPORT_SYMBOL makes a `__ksymtab_<name>`)."""
+        marked = {
+            symbol.name.removeprefix("__ksymtab_")
+            for symbol in placement.image.symbols
+            if symbol.name.startswith("__ksymtab_")
+        }
+        return {
+            symbol.name: value
+            for symbol in placement.image.symbols
+            if symbol.name in marked and symbol.is_defined and (value := placement.value(symbol)) is not None
+        }
+
+    def _new_struct(self, name: str) -> int:
+        machine = self._machine
+        address: int = machine.slab.kzalloc(machine.layouts.sizeof("module"), f"struct module {name}")
+        module = machine.view("module", address)
+        module.name = name.encode()
+        module.klp_alive = True
+        list_add_rcu(module.list, machine.list_head("modules"))
+        return address
+
+
+def texts_of(placement: Placement, name: str) -> list[Text]:
+    """The executable sections of a relocated object, as they are now."""
+    return [
+        Text(f"{name or 'vmlinux'}:{section.name}", address, bytes(placement.contents[section.index]))
+        for section, address in placement.text_sections()
+    ]
+
+
+def _refuse_missing(symbol: Symbol, name: str) -> int:
+    raise SymbolError(
+        f"Unknown symbol {symbol.name}",
+        where=name,
+        advice="load the module that exports it first; klpemu has no export of that name",
+    )

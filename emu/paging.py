@@ -1,0 +1,173 @@
+"""The guest's address space: real 4-level page tables inside the arena (SDM Vol. 3A, 4.5).
+
+Text is read + execute, data read + write and no-execute, exactly as the entries say, so a guest store to text is
+a page fault of the CPU and not a check of ours.  The host side does not walk the tables again for each access: it
+keeps one dictionary from page to frame, filled where the entries are written.
+"""
+
+import enum
+import struct
+from collections.abc import Iterator
+from typing import Protocol
+
+from elf.errors import KlpemuError
+from emu.arena import Arena
+from emu.memory import PAGE_SIZE, MemoryFault, Snapshot
+
+__all__ = ["Access", "AddressSpace", "Translator"]
+
+PRESENT = 1 << 0
+WRITABLE = 1 << 1
+NO_EXECUTE = 1 << 63
+FRAME_MASK = 0x000F_FFFF_FFFF_F000
+ENTRIES = 512
+
+
+class Access(enum.Enum):
+    """What a page's entry allows, as page table bits."""
+
+    READ = PRESENT | NO_EXECUTE
+    WRITE = PRESENT | WRITABLE | NO_EXECUTE
+    EXECUTE = PRESENT
+
+
+class Translator(Protocol):
+    """Whatever keeps translations of guest code or of guest addresses: each vCPU's Unicorn instance."""
+
+    def drop_translations(self, start: int, end: int) -> None:
+        """Forget the translated code of [start, end)."""
+        ...
+
+    def flush_tlb(self) -> None:
+        """Forget all address translations."""
+        ...
+
+
+class AddressSpace:
+    """Maps guest virtual pages to frames, and reads and writes guest memory for the host side.
+
+    Host-side accesses ignore the write permission, as the kernel's own text poking does through its temporary
+    mapping, but a write to an executable page always drops the translations of it on every Unicorn instance.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.translators: list[Translator] = []
+        self._frames: dict[int, int] = {}
+        self._access: dict[int, Access] = {}
+        self._executable: set[int] = set()
+        self._top = [0] * ENTRIES
+        self._roots: list[int] = []
+        # The kernel half is shared by all roots: its second level exists before the first root is made.
+        for address in (0xFFFF_8880_0000_0000, 0xFFFF_C900_0000_0000, 0xFFFF_FFFF_8000_0000):
+            self._top[address >> 39 & 511] = arena.writable_frames(1) | PRESENT | WRITABLE
+
+    def new_root(self) -> int:
+        """Physical address of a new top-level table (what CR3 holds) that shares the kernel half."""
+        root = self.arena.writable_frames(1)
+        struct.pack_into(f"<{ENTRIES}Q", self.arena.bytes, root, *self._top)
+        self._roots.append(root)
+        return root
+
+    def map(self, address: int, size: int, access: Access, frame: int | None = None) -> None:
+        """Map whole pages at `address`: to fresh frames, or to contiguous ones from physical address `frame` on."""
+        pool = self.arena.writable_frames if access is Access.WRITE else self.arena.image_frames
+        for index in range(_pages(address, size)):
+            page = (address >> 12) + index
+            if page in self._frames:
+                raise KlpemuError("the page is mapped already", where=f"{page << 12:#018x}")
+            backing = pool(1) if frame is None else frame + index * PAGE_SIZE
+            self._set_entry(page, backing | access.value)
+            self._frames[page] = backing
+            self._access[page] = access
+            if access is Access.EXECUTE:
+                self._executable.add(page)
+
+    def protect(self, address: int, size: int, access: Access) -> None:
+        """Change what the mapped pages allow."""
+        for page in range(address >> 12, (address >> 12) + _pages(address, size)):
+            self._set_entry(page, self._frames[page] | access.value)
+            self._access[page] = access
+            if access is Access.EXECUTE:
+                self._executable.add(page)
+            else:
+                self._executable.discard(page)
+        self._forget(address, size)
+
+    def unmap(self, address: int, size: int) -> list[int]:
+        """Unmap whole pages; returns their frames, which the caller owns again."""
+        frames = []
+        for page in range(address >> 12, (address >> 12) + _pages(address, size)):
+            self._set_entry(page, 0)
+            frames.append(self._frames.pop(page))
+            del self._access[page]
+            self._executable.discard(page)
+        self._forget(address, size)
+        return frames
+
+    def access(self, address: int) -> Access | None:
+        """What the page holding `address` allows; None where nothing is mapped."""
+        return self._access.get(address >> 12)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Read guest memory; see `Memory`."""
+        offset = address & (PAGE_SIZE - 1)
+        if offset + size <= PAGE_SIZE:
+            frame = self._frames.get(address >> 12)
+            if frame is None:
+                raise MemoryFault(address, size, "a read")
+            return self.arena.bytes[frame + offset : frame + offset + size]
+        return b"".join(
+            self.arena.bytes[start : start + length]
+            for start, length in self._extents(address, size, "a read")
+        )
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write guest memory; see `WritableMemory`."""
+        extents = list(self._extents(address, len(data), "a write"))
+        done = 0
+        for start, length in extents:
+            self.arena.bytes[start : start + length] = data[done : done + length]
+            done += length
+        if not self._executable.isdisjoint(range(address >> 12, (address + len(data) + PAGE_SIZE - 1) >> 12)):
+            for translator in self.translators:
+                translator.drop_translations(address, address + len(data))
+
+    def snapshot(self) -> Snapshot:
+        """A copy of every mapped page."""
+        return Snapshot({page: self.arena.bytes[at : at + PAGE_SIZE] for page, at in self._frames.items()})
+
+    def _extents(self, address: int, size: int, doing: str) -> Iterator[tuple[int, int]]:
+        at, end = address, address + size
+        while at < end:
+            frame = self._frames.get(at >> 12)
+            if frame is None:
+                raise MemoryFault(address, size, doing)
+            offset = at & (PAGE_SIZE - 1)
+            length = min(PAGE_SIZE - offset, end - at)
+            yield frame + offset, length
+            at += length
+
+    def _set_entry(self, page: int, entry: int) -> None:
+        table = self._top[page >> 27 & 511] & FRAME_MASK
+        if not table:
+            raise KlpemuError("no kernel region lies here", where=f"{page << 12:#018x}")
+        for shift in (18, 9):
+            slot = table + 8 * (page >> shift & 511)
+            (below,) = struct.unpack_from("<Q", self.arena.bytes, slot)
+            if not below & PRESENT:
+                below = self.arena.writable_frames(1) | PRESENT | WRITABLE
+                struct.pack_into("<Q", self.arena.bytes, slot, below)
+            table = below & FRAME_MASK
+        struct.pack_into("<Q", self.arena.bytes, table + 8 * (page & 511), entry)
+
+    def _forget(self, address: int, size: int) -> None:
+        for translator in self.translators:
+            translator.flush_tlb()
+            translator.drop_translations(address, address + size)
+
+
+def _pages(address: int, size: int) -> int:
+    if address & (PAGE_SIZE - 1):
+        raise KlpemuError("a mapping starts on a page boundary", where=f"{address:#018x}")
+    return (size + PAGE_SIZE - 1) >> 12

@@ -1,0 +1,131 @@
+"""The kernel image and the code beside it that is ours: placed first, everything else refers to it.
+
+A fixture kernel is a relocatable object without entry code.  Its text goes where a kernel's text goes
+(__START_KERNEL_map + 16 MiB), and behind it come `__fentry__`, the ftrace trampolines, the list function, whatever
+machine code the rooms above add (livepatch its handler), and the stubs through which guest code leaves for us.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from elf.errors import KlpemuError, SymbolError
+from elf.image import Image
+from elf.symbols import Symbol
+from emu.assembly import Code
+from emu.ftrace_64 import append_entry_code, append_list_func
+from emu.kallsyms import Ksym
+from emu.memory import PAGE_SIZE
+from emu.module import Text
+from emu.paging import Access
+from emu.placement import Group, Placement, lay_out
+from emu.view import Layouts
+
+__all__ = ["ENTRY_SECTION", "KERNEL_BASE", "EntryCode", "Vmlinux", "place_vmlinux"]
+
+KERNEL_BASE = 0xFFFF_FFFF_8100_0000
+ENTRY_SECTION = ".text..klpemu"
+HLT = 0xF4
+
+# Appends machine code; receives the code, the layouts, the per-CPU offsets, and the fixups to fill.
+EntryCode = Callable[[Code, Layouts, dict[str, int], dict[int, str]], None]
+
+
+@dataclass(eq=False)
+class Vmlinux:
+    """The placed kernel: its sections, the entry code's bytes and labels, and the exits by address behind the hlt."""
+
+    placement: Placement
+    entry: Group
+    entry_code: bytes
+    labels: dict[str, int]
+    exits: dict[int, str]
+    symbols: dict[str, int]
+    warn_sites: dict[int, str]
+
+    def entry_text(self) -> Text:
+        """The entry code as it was assembled, with the `int3` filling behind it."""
+        return Text(f"vmlinux:{ENTRY_SECTION}", self.entry.start, self.entry_code.ljust(self.entry.size, b"\xcc"))
+
+    def ksyms(self) -> list[Ksym]:
+        """All symbols in address order, which is what sympos counts in for vmlinux."""
+        table = self.placement.ksyms("")
+        starts = sorted(set(self.labels.values())) + [self.entry.start + len(self.entry_code)]
+        sizes = dict(zip(starts, (end - start for start, end in zip(starts, starts[1:], strict=False)), strict=False))
+        table += [Ksym(name, address, sizes[address], "") for name, address in self.labels.items()]
+        return sorted(table, key=lambda symbol: symbol.address)
+
+
+def place_vmlinux(
+    image: Image,
+    layouts: Layouts,
+    per_cpu: Callable[[int, int], int],
+    entry_code: Sequence[EntryCode],
+    exports: Sequence[str],
+) -> Vmlinux:
+    """Lay out and relocate the kernel image; `exports` get a stub each that leaves the guest."""
+    code = Code()
+    fixups: dict[int, str] = {}
+    room = _size_of_entry(layouts, entry_code, exports)
+    placement = lay_out(image, lambda size: KERNEL_BASE, per_cpu)
+    defined = {
+        symbol.name: value
+        for symbol in image.symbols
+        if symbol.is_defined and symbol.name and (value := placement.value(symbol)) is not None
+    }
+    start = placement.base + placement.size
+    offsets = {name: defined.get(name, 0) for name in ("current_task", "__preempt_count")}
+    for name in offsets:
+        if name not in defined:
+            raise SymbolError(f"the kernel image has no per-CPU symbol {name}", where=image.path)
+    exits = _append_all(code, layouts, offsets, fixups, entry_code, exports, start)
+    if len(code.bytes) > room:
+        raise KlpemuError("the entry code does not fit the pages kept for it")
+    warn_sites = {start + offset: text for offset, text in code.warnings.items()}
+    labels = {name: start + offset for name, offset in code.labels.items() if name not in defined}
+    symbols = {**labels, **defined}
+    for offset, name in fixups.items():
+        if name not in symbols:
+            raise SymbolError(f"the kernel image has no symbol {name}", where=image.path)
+        displacement = symbols[name] - (start + offset + 4)
+        code.bytes[offset : offset + 4] = displacement.to_bytes(4, "little", signed=True)
+
+    def resolve(symbol: Symbol) -> int:
+        if symbol.name in labels:
+            return labels[symbol.name]
+        raise SymbolError(
+            f"undefined symbol '{symbol.name}'",
+            where=image.path,
+            advice="the kernel image must define it, or klpemu must export it",
+        )
+
+    placement.relocate(resolve)
+    group = Group(Access.EXECUTE, start, -(-len(code.bytes) // PAGE_SIZE) * PAGE_SIZE)
+    return Vmlinux(placement, group, bytes(code.bytes), labels, exits, symbols, warn_sites)
+
+
+def _append_all(
+    code: Code,
+    layouts: Layouts,
+    per_cpu: dict[str, int],
+    fixups: dict[int, str],
+    entry_code: Sequence[EntryCode],
+    exports: Sequence[str],
+    start: int,
+) -> dict[int, str]:
+    append_entry_code(code, layouts, fixups)
+    append_list_func(code, layouts, per_cpu, fixups)
+    for append in entry_code:
+        append(code, layouts, per_cpu, fixups)
+    code.align(16)
+    exits: dict[int, str] = {}
+    for name in ("klpemu_return", *exports):
+        code.label(name).raw(bytes([HLT]))
+        exits[start + len(code.bytes)] = name
+        code.raw("c3 cc cc")  # ret; whoever exported is back in the guest behind the hlt
+    return exits
+
+
+def _size_of_entry(layouts: Layouts, entry_code: Sequence[EntryCode], exports: Sequence[str]) -> int:
+    code = Code()
+    _append_all(code, layouts, {"current_task": 0, "__preempt_count": 0}, {}, entry_code, exports, 0)
+    return -(-len(code.bytes) // PAGE_SIZE) * PAGE_SIZE

@@ -1,0 +1,1 @@
+"""Livepatch itself: patches, objects, funcs, the func_stack, transitions, atomic replace, and their checks."""

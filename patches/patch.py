@@ -1,0 +1,158 @@
+"""Patching and unpatching functions: kernel/livepatch/patch.c.
+
+One `klp_ops` with one `ftrace_ops` serves all patches of a function.  Its func_stack holds their funcs, newest on
+top; going from one version to another is a list operation, and the bytes of the site change only when the stack
+becomes non-empty or empty.
+"""
+
+import errno
+from typing import Any
+
+from elf.errors import KlpemuError
+from emu.dyn_ftrace import FtraceFl
+from emu.errno import KernelErrno
+from emu.ftrace import FtraceOpsFl
+from emu.list import init_list_head, list_add, list_add_rcu, list_del, list_del_rcu, list_is_singular
+from patches.klp import Klp, klp_for_each_func, klp_for_each_object
+
+__all__ = [
+    "klp_find_ops",
+    "klp_patch_object",
+    "klp_unpatch_object",
+    "klp_unpatch_objects",
+    "klp_unpatch_objects_dynamic",
+]
+
+
+def klp_find_ops(klp: Klp, old_func: int) -> Any:
+    """The klp_ops of the function at `old_func`; None if nothing patches it.
+
+    The kernel walks all of klp_ops.  Here the site's record answers first (without FTRACE_FL_IPMODIFY nobody
+    redirects it), then a remembered address is checked in guest memory, and only then is the list walked.
+    """
+    machine = klp.machine
+    location = machine.ftrace.ftrace_location(old_func)
+    record = machine.ftrace.records.lookup_rec(location, location) if location else None
+    if record is None or not record.flags & FtraceFl.IPMODIFY:
+        return None
+    hint = klp.ops_hints.get(old_func, 0)
+    if hint in machine.slab.live:
+        ops = machine.view("klp_ops", hint)
+        linked = machine.view("list_head", ops.node.next).prev == ops.node.address_
+        if linked and _top(ops).old_func == old_func:
+            return ops
+    return next((ops for ops in klp.ops() if _top(ops).old_func == old_func), None)
+
+
+def klp_patch_object(klp: Klp, obj: Any) -> None:
+    """Put every func of an object on its func_stack; on failure none of them stays there."""
+    for func in klp_for_each_func(obj):
+        try:
+            _klp_patch_func(klp, func)
+        except KernelErrno:
+            klp_unpatch_object(klp, obj)
+            raise
+    obj.patched = True
+
+
+def klp_unpatch_object(klp: Klp, obj: Any) -> None:
+    """Take every func of an object off its func_stack."""
+    _unpatch_object(klp, obj, nops_only=False)
+
+
+def klp_unpatch_objects(klp: Klp, patch: Any) -> None:
+    """Unpatch all patched objects of a patch."""
+    for obj in klp_for_each_object(patch):
+        if obj.patched:
+            klp_unpatch_object(klp, obj)
+
+
+def klp_unpatch_objects_dynamic(klp: Klp, patch: Any) -> None:
+    """Take the nop funcs of a patch off their func_stacks."""
+    for obj in klp_for_each_object(patch):
+        if obj.patched:
+            _unpatch_object(klp, obj, nops_only=True)
+
+
+def _unpatch_object(klp: Klp, obj: Any, *, nops_only: bool) -> None:
+    for func in klp_for_each_func(obj):
+        if func.patched and (func.nop or not nops_only):
+            _klp_unpatch_func(klp, func)
+    if obj.dynamic or not nops_only:
+        obj.patched = False
+
+
+def _klp_patch_func(klp: Klp, func: Any) -> None:
+    machine = klp.machine
+    old_func = func.old_func
+    ops = klp_find_ops(klp, old_func)
+    if ops is not None:
+        list_add_rcu(func.stack_node, ops.func_stack)
+        func.patched = True
+        return
+    name = klp.string(func.old_name)
+    location = machine.ftrace.ftrace_location(old_func)
+    if not location:
+        klp.log.pr_err(f"livepatch: failed to find location for function '{name}'")
+        raise KernelErrno(
+            errno.EINVAL,
+            f"failed to find location for function '{name}'",
+            where=machine.kallsyms.describe(old_func),
+            advice="it has no fentry site; patch its callers instead",
+        )
+    ops = machine.view("klp_ops", machine.slab.kzalloc(machine.layouts.sizeof("klp_ops"), f"klp_ops of {name}"))
+    ops.fops.func = machine.symbol("klp_ftrace_handler")
+    ops.fops.flags = FtraceOpsFl.DYNAMIC | FtraceOpsFl.IPMODIFY | FtraceOpsFl.PERMANENT
+    list_add(ops.node, klp.klp_ops)
+    init_list_head(ops.func_stack)
+    list_add_rcu(func.stack_node, ops.func_stack)
+    try:
+        _register(klp, ops, location, name)
+    except KernelErrno:
+        list_del_rcu(func.stack_node)
+        list_del(ops.node)
+        machine.slab.kfree(ops.address_)
+        raise
+    klp.ops_hints[old_func] = ops.address_
+    func.patched = True
+
+
+def _register(klp: Klp, ops: Any, location: int, name: str) -> None:
+    ftrace = klp.machine.ftrace
+    try:
+        ftrace.ftrace_set_filter_ip(ops.fops, location, remove=False)
+    except KernelErrno as error:
+        klp.log.pr_err(f"livepatch: failed to set ftrace filter for function '{name}' (-{error.number})")
+        raise
+    try:
+        ftrace.register_ftrace_function(ops.fops)
+    except KernelErrno as error:
+        klp.log.pr_err(f"livepatch: failed to register ftrace handler for function '{name}' (-{error.number})")
+        ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
+        raise
+
+
+def _klp_unpatch_func(klp: Klp, func: Any) -> None:
+    machine = klp.machine
+    old_func = func.old_func
+    ops = klp_find_ops(klp, old_func)
+    if ops is None:
+        raise KlpemuError("a patched func without klp_ops", where=machine.kallsyms.describe(old_func))
+    if list_is_singular(ops.func_stack):
+        location = machine.ftrace.ftrace_location(old_func)
+        machine.ftrace.unregister_ftrace_function(ops.fops)
+        machine.ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
+        list_del_rcu(func.stack_node)
+        list_del(ops.node)
+        klp.ops_hints.pop(old_func, None)
+        machine.slab.kfree(ops.address_)
+    else:
+        list_del_rcu(func.stack_node)
+    func.patched = False
+
+
+def _top(ops: Any) -> Any:
+    """The func that wins (list_first_entry)."""
+    layouts = ops.layouts_
+    node = layouts.offsetof("klp_func", "stack_node")
+    return layouts.view("klp_func", ops.memory_, ops.func_stack.next - node)
