@@ -124,7 +124,7 @@ def _dwarf_info(image: Image) -> Any:
     )
     for name in _WANTED:
         section = image.section(f".debug_{name}")
-        if section is not None and not section.is_nobits:
+        if section is not None and len(image.contents(section)):
             data = _prepared(image, section)
             sections[f"debug_{name}_sec"] = DebugSectionDescriptor(
                 BytesIO(data), section.name, section.offset, len(data), section.address

@@ -204,7 +204,7 @@ def _offsets_of(image: Image, section: Section, infos: set[int], wanted: int) ->
 
 def _tables(image: Image, name: str, bounds: tuple[str, str] | None = None) -> list[tuple[Section, int, int]]:
     """The pieces of a site table: a section and the range of it, in bytes from its start."""
-    sections = [section for section in image.sections_named(name) if not section.is_nobits]
+    sections = [section for section in image.sections_named(name) if len(image.contents(section))]
     if sections or bounds is None:
         return [(section, 0, section.size) for section in sections]
     # vmlinux keeps the table inside .init.data, between two symbols of its linker script.

@@ -14,7 +14,7 @@ import keystone
 
 from elf.errors import KlpemuError
 
-__all__ = ["Code", "assemble", "disassemble"]
+__all__ = ["Code", "Instruction", "assemble", "disassemble"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from struct import pack
 
-SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOBITS, SHT_REL, SHT_XINDEX = 1, 2, 3, 4, 8, 9, 18
+SHT_NULL, SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOBITS, SHT_REL, SHT_XINDEX = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    8,
+    9,
+    18,
+)
 ALLOC, EXEC = 2, 4
 GLOBAL_FUNC, LOCAL_SECTION, GLOBAL_NOTYPE = 0x12, 0x03, 0x10
 

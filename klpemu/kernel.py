@@ -1,0 +1,247 @@
+"""The front door for Python: a kernel, patches enabled and disabled on it, calls, traces and checks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+from elf.errors import KlpemuError, SymbolError
+from elf.image import Image
+from emu.assembly import Instruction, disassemble
+from emu.errno import KernelErrno
+from emu.machine import Machine
+from emu.module import LoadedObject
+from emu.stream import execute_stream, trace_call, undone
+from emu.view import list_for_each_entry
+from klpemu.fixtures import BUILTIN_KERNEL, fixture
+from patches import core, transition
+from patches.handler import append_klp_ftrace_handler
+from patches.invariants.finding import Report
+from patches.invariants.subject import Subject
+from patches.invariants.verify import verify
+from patches.klp import Klp
+from patches.livepatch import VMLINUX, Patch, discard, materialise
+from patches.stacks import expected_functions
+
+__all__ = ["EnabledPatch", "Kernel", "Trace"]
+
+
+@dataclass(frozen=True, slots=True)
+class EnabledPatch:
+    """A patch as declared, the `klp_patch` made from it, and the addresses of its replacement functions."""
+
+    patch: Patch
+    guest: Any
+    module: LoadedObject
+    new_func: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An executed call: RAX, and every instruction in order with the place it stands at."""
+
+    result: int
+    instructions: tuple[tuple[str, Instruction], ...]
+
+    def __str__(self) -> str:
+        lines = []
+        function = ""
+        for place, instruction in self.instructions:
+            name = place.split("+")[0]
+            if name != function:
+                function = name
+                lines.append(f"{name}:")
+            code = instruction.code.hex(" ")
+            lines.append(f"  {instruction.address:016x}  {code:24}  {instruction!s:44} # {place}")
+        return "\n".join([*lines, f"returned {self.result:#x}"])
+
+
+class Kernel:
+    """One emulated kernel.  Everything happens on behalf of its first task, one request after the other."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.klp = Klp(machine)
+        self.enabled: list[EnabledPatch] = []
+        self._baseline = self._allocations()
+
+    @classmethod
+    def load(cls, path: str | PathLike[str] | None = None, *, cpus: int = 1) -> "Kernel":
+        """Boot a kernel image: a relocatable object with its DWARF; by default the built-in one."""
+        image = Image.open(fspath(path) if path is not None else str(fixture(BUILTIN_KERNEL)))
+        return cls(Machine(image, entry_code=(append_klp_ftrace_handler,), cpus=cpus))
+
+    @property
+    def log(self) -> list[str]:
+        """The kernel's log, one line an entry."""
+        return self.machine.log.lines
+
+    def load_module(self, path: str | PathLike[str]) -> str:
+        """Load a module to be patched; returns its name."""
+        image = Image.open(fspath(path))
+        loaded: LoadedObject = self._serve("load_module", lambda: self.machine.modules.load_module(image))
+        self._baseline = self._allocations()
+        return loaded.name
+
+    def unload_module(self, name: str) -> None:
+        """Unload a module again."""
+        self._serve("unload_module", lambda: self.machine.modules.unload_module(name))
+        self._baseline = self._allocations()
+
+    # Patching.
+
+    def enable(self, patch: Patch) -> None:
+        """Load a patch's code and enable it.  If that fails, nothing of it stays."""
+        if patch.code is None:
+            raise KlpemuError("a patch without code", where=f"patch '{patch.name}'", advice="say which file has it")
+        image = Image.open(fspath(patch.code))
+        self._serve(f"enable {patch.name}", lambda: self._insmod(patch, image))
+
+    def disable(self, patch: Patch | str) -> None:
+        """Disable a patch (write 0 to its sysfs `enabled`) and unload its code."""
+        name = patch if isinstance(patch, str) else patch.name
+        found = next((each for each in self.enabled if each.patch.name == name), None)
+        if found is None:
+            raise KernelErrno(2, f"patch '{name}' is not enabled", advice="enable it first")
+        self._serve(f"disable {name}", lambda: core.enabled_store(self.klp, found.guest, False))
+
+    # Looking.
+
+    def call(self, function: str | int, *arguments: int) -> int:
+        """Call guest code with integer arguments; returns RAX.  A function is `name`, `module:name` or an address."""
+        result = self.machine.call(self.address_of(function), *arguments)
+        self._settle()
+        return result
+
+    def trace(self, function: str | int, *arguments: int, att: bool = False) -> Trace:
+        """Call guest code and keep every instruction it executes."""
+        result, addresses = trace_call(self.machine, self.address_of(function), *arguments)
+        known: dict[int, tuple[str, Instruction]] = {}
+        for address in addresses:
+            if address not in known:
+                code = self.machine.space.read(address, min(15, 4096 - (address & 4095)))
+                instruction = next(disassemble(code, address, att=att))
+                known[address] = (self.machine.kallsyms.describe(address), instruction)
+        self._settle()
+        return Trace(result, tuple(known[address] for address in addresses))
+
+    def verify(self, step: str = "") -> Report:
+        """Check every invariant on the kernel as it is now."""
+        with undone(self.machine):
+            return verify(self.subject(), step)
+
+    def subject(self) -> Subject:
+        """What the invariants judge: the live memory, the loaded files, and the patches that are enabled."""
+        machine = self.machine
+        objects = machine.modules.objects.values()
+        return Subject(
+            memory=machine.space,
+            layouts=machine.layouts,
+            kallsyms=machine.kallsyms,
+            symbols=machine.vmlinux.symbols,
+            texts=[text for each in objects for text in each.texts],
+            sites=frozenset(ip for each in objects for ip in each.sites),
+            functions=expected_functions(machine.kallsyms, [(each.patch, each.new_func) for each in self.enabled]),
+            patches=[each.patch.name for each in self.enabled],
+            execute=lambda entry, stop_at: execute_stream(machine, entry, stop_at),
+            slab=machine.slab,
+            remaining=[(at, tag) for at, tag in self._allocations().items() if at not in self._baseline],
+        )
+
+    def address_of(self, function: str | int) -> int:
+        """Guest virtual address of `name`, `module:name`, or `name,sympos`."""
+        if isinstance(function, int):
+            return function
+        name, _, position = function.partition(",")
+        module, colon, symbol = name.rpartition(":")
+        if position and not position.isdigit():
+            raise SymbolError(f"'{position}' is no symbol position", where=function, advice="write name,2")
+        sympos = int(position or 0)
+        if colon:
+            return self.machine.kallsyms.address_of(symbol, "" if module == VMLINUX else module, sympos)
+        owners = [each for each in self.machine.kallsyms.modules() if self.machine.kallsyms.named(name, each)]
+        if "" in owners or not owners:
+            return self.machine.kallsyms.address_of(name, "", sympos)
+        if len(owners) > 1:
+            raise SymbolError(f"'{name}' is in {', '.join(owners)}", advice=f"write {owners[0]}:{name}")
+        return self.machine.kallsyms.address_of(name, owners[0], sympos)
+
+    def function_stack(self, function: str | int) -> list[str]:
+        """What is on the func_stack of a function, newest first, as guest memory has it."""
+        address = self.address_of(function)
+        for ops in self.klp.ops():
+            funcs = list(_stack(ops))
+            if funcs and funcs[0].old_func == address:
+                return ["nop" if func.nop else self.machine.kallsyms.describe(func.new_func) for func in funcs]
+        return []
+
+    def site_of(self, function: str | int) -> tuple[int, bytes]:
+        """Address and present bytes of a function's fentry site."""
+        address = self.address_of(function)
+        location = self.machine.ftrace.ftrace_location(address)
+        if not location:
+            where = self.machine.kallsyms.describe(address)
+            raise KlpemuError("the function has no fentry site", where=where)
+        return location, self.machine.space.read(location, 5)
+
+    # Inside.
+
+    def _serve(self, name: str, body: Callable[[], Any]) -> Any:
+        try:
+            return self.machine.service(name, body)
+        finally:
+            self._settle()
+
+    def _insmod(self, patch: Patch, image: Image) -> None:
+        loaded = self.machine.modules.load_module(image, patch.name)
+        try:
+            new_func = {
+                func.new: self._replacement(loaded, func.new) for funcs in patch.objects.values() for func in funcs
+            }
+            guest = materialise(self.machine, patch, loaded.struct, new_func)
+        except KlpemuError:
+            self.machine.modules.unload_module(patch.name)
+            raise
+        try:
+            core.klp_enable_patch(self.klp, guest)
+        except KlpemuError:
+            if not self.machine.ftrace.disabled.get():
+                discard(self.machine, guest)
+                self.machine.modules.unload_module(patch.name)
+            raise
+        self.enabled.append(EnabledPatch(patch, guest, loaded, new_func))
+
+    def _replacement(self, loaded: LoadedObject, name: str) -> int:
+        symbols = self.machine.kallsyms.named(name, loaded.name)
+        if not symbols:
+            raise SymbolError(
+                f"no function '{name}' to replace with",
+                where=loaded.path,
+                advice="name a function that the patch's code defines",
+            )
+        return symbols[0].address
+
+    def _settle(self) -> None:
+        """Run the work that is due: a pending transition's next attempt, and the release of freed patches."""
+        if self.machine.ftrace.disabled.get():
+            return
+        if self.klp.transition_work_pending:
+            self.machine.service("klp_transition_work", lambda: transition.klp_transition_work_fn(self.klp))
+        while self.klp.pending_free:
+            guest = self.klp.pending_free.pop(0)
+            self.machine.service("free_work", lambda guest=guest: core.klp_free_patch_work_fn(self.klp, guest))
+            gone = next(each for each in self.enabled if each.guest == guest)
+            self.enabled.remove(gone)
+            self.machine.service("rmmod", lambda gone=gone: self._rmmod(gone))
+
+    def _rmmod(self, gone: EnabledPatch) -> None:
+        discard(self.machine, gone.guest)
+        self.machine.modules.unload_module(gone.patch.name)
+
+    def _allocations(self) -> dict[int, str]:
+        slab, area = self.machine.slab.live, self.machine.area.live
+        return {at: tag for at, (_, tag) in (*slab.items(), *area.items())}
+
+
+def _stack(ops: Any) -> Any:
+    return list_for_each_entry(ops.func_stack, "klp_func", "stack_node")

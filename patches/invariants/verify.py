@@ -1,0 +1,48 @@
+"""Running all invariants over one state."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from emu.memory import MemoryFault
+from patches.invariants.finding import Finding, Report
+from patches.invariants.lists import func_stacks_hold_the_patches, lists_are_well_formed, patches_are_listed
+from patches.invariants.remains import heap_is_intact, nothing_remains, tasks_are_settled
+from patches.invariants.streams import calls_reach_the_expected_function
+from patches.invariants.subject import Subject
+from patches.invariants.text import records_match_ops, text_matches_records, trampolines_are_copies
+
+__all__ = ["INVARIANTS", "verify"]
+
+# Yields None for each single check that held and a Finding for each that did not.
+Invariant = Callable[[Subject], Iterator[Finding | None]]
+
+INVARIANTS: tuple[Invariant, ...] = (
+    text_matches_records,
+    records_match_ops,
+    trampolines_are_copies,
+    calls_reach_the_expected_function,
+    lists_are_well_formed,
+    patches_are_listed,
+    func_stacks_hold_the_patches,
+    tasks_are_settled,
+    heap_is_intact,
+    nothing_remains,
+)
+
+
+def verify(subject: Subject, step: str = "") -> Report:
+    """Check every invariant on one state; `step` is what the findings say happened last."""
+    checks: dict[str, int] = {}
+    findings: list[Finding] = []
+    for invariant in INVARIANTS:
+        name = invariant.__name__
+        checks[name] = 0
+        try:
+            for result in invariant(subject):
+                checks[name] += 1
+                if result is not None:
+                    findings.append(replace(result, step=step))
+        except MemoryFault as fault:
+            checks[name] += 1
+            findings.append(Finding(name, f"cannot be checked, {fault.what}", fault.address, step=step))
+    return Report(step, checks, tuple(findings))
