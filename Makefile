@@ -15,7 +15,7 @@ help:
 	@echo "make test       ruff, mypy --strict and pytest; the first failure stops"
 	@echo "make test-slow  all of pytest, with what takes long"
 	@echo "make real       fetch the stock Debian kernel that tests/real/ needs, into a cache outside the tree"
-	@echo "make bench      the benchmarks, as ratios"
+	@echo "make bench      the benchmarks, as ratios; as JSON with ARGS=--json"
 	@echo "make clean      remove .venv and what the tools left; the kernel in the cache stays"
 	@echo
 	@echo "All but clean set up .venv first, which needs Python 3.11 and the package registry, nothing else."
@@ -52,7 +52,7 @@ real: .venv/.installed
 	@$(BIN)/python -m klpemu.stock_kernel
 
 bench: .venv/.installed-test
-	@$(BIN)/python -m bench
+	@$(BIN)/python -m bench $(ARGS)
 
 clean:
 	rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

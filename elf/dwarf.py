@@ -78,7 +78,7 @@ class Entry:
 
 
 def entries(image: Image) -> Iterator[Entry]:
-    """All entries outside function bodies, each once, in file order.
+    """All entries of `.debug_info`, each once, in file order.
 
     An entry's `children` come after it, so its list of them is complete when the walk has ended.
     """
@@ -91,30 +91,24 @@ def entries(image: Image) -> Iterator[Entry]:
         if end > section.size:
             raise DwarfError(f"unit at {unit.cu_offset:#x} ends at {end:#x} of {section.size:#x}")
         unit.get_top_DIE()  # indexed strings need it to be there
+        abbreviations = unit.get_abbrev_table()
         parents: list[Entry] = []
         while position < end:
             die = DIE(unit, section.stream, position)
             position += die.size
-            budget -= len(die.attributes)
-            if budget < 0:
-                raise DwarfError("more attributes than .debug_info can hold")
             if die.tag is None:
                 if parents:
                     parents.pop()
                 continue
+            budget -= len(abbreviations.get_abbrev(die.abbrev_code)["attr_spec"])
+            if budget < 0:
+                raise DwarfError("more attributes than .debug_info can hold")
             entry = Entry(die.offset, die.tag, die.attributes, unit.cu_offset)
             if parents:
                 parents[-1].children.append(entry)
             yield entry
             if die.has_children:
-                sibling = die.attributes.get("DW_AT_sibling")
-                if die.tag == "DW_TAG_subprogram" and sibling and sibling.form in _UNIT_REFERENCES:
-                    after = sibling.raw_value + unit.cu_offset
-                    if not position <= after <= end:
-                        raise DwarfError(f"sibling of the entry at {die.offset:#x} is at {after:#x}")
-                    position = after
-                else:
-                    parents.append(entry)
+                parents.append(entry)
 
 
 def _dwarf_info(image: Image) -> Any:

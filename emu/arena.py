@@ -36,9 +36,9 @@ class Arena:
             frame = self._free.pop()
             self.bytes[frame : frame + PAGE_SIZE] = bytes(PAGE_SIZE)
             return frame
+        self._check(count)
         frame = self._writable_end
         self._writable_end += count * PAGE_SIZE
-        self._check()
         return frame
 
     def image_frames(self, count: int) -> int:
@@ -47,8 +47,8 @@ class Arena:
             frame = self._free_images.pop()
             self.bytes[frame : frame + PAGE_SIZE] = bytes(PAGE_SIZE)
             return frame
+        self._check(count)
         self._image_start -= count * PAGE_SIZE
-        self._check()
         return self._image_start
 
     def release(self, frame: int) -> None:
@@ -60,11 +60,12 @@ class Arena:
         return self.bytes[: self._writable_end]
 
     def restore(self, checkpoint: bytes) -> None:
-        """Make the writable memory what it was when the checkpoint was taken; no frame may have been handed out since."""
+        """Make the writable memory what it was at the checkpoint; no frame may have been handed out since."""
         self.bytes[: len(checkpoint)] = checkpoint
 
-    def _check(self) -> None:
-        if self._writable_end > self._image_start:
+    def _check(self, count: int) -> None:
+        """Raise before anything is handed out, so that a refused request leaves the pools as they were."""
+        if self._writable_end + count * PAGE_SIZE > self._image_start:
             raise KlpemuError(
                 f"the guest's {self.size >> 20} MiB of physical memory are used up",
                 advice="load fewer modules, or give the machine a larger arena",

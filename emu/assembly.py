@@ -1,8 +1,8 @@
 """Assembling the machine code that is our own: Keystone writes it, Capstone reads it back before it is used.
 
-Keystone 0.9.2 encodes some instructions wrongly (a long NOP becomes a prefetch), so every byte that it returns is
-decoded again and the mnemonics compared.  What must have one exact encoding (calls, jumps, NOPs, RIP-relative
-loads) is emitted as bytes in the first place.
+Keystone 0.9.2 encodes some instructions wrongly (a long NOP becomes a prefetch), so every byte that it
+returns is decoded again and the mnemonics compared.  What must have one exact encoding (calls, jumps, NOPs,
+RIP-relative loads) is emitted as bytes in the first place.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,10 @@ class Code:
         return self.raw("0f0b")
 
     def jump(self, mnemonic: str, target: int | None = None) -> int:
-        """Append a near jump, to the offset `target` or to where `land` will say; returns its displacement's offset."""
+        """Append a near jump, to the offset `target` or to where `land` will say.
+
+        Returns the offset of its displacement.
+        """
         self.raw(_NEAR_JUMPS[mnemonic]).raw(bytes(4))
         place = len(self.bytes) - 4
         if target is not None:

@@ -7,10 +7,10 @@ Every odd line here answers a trait of Unicorn 2.1.4 that was measured, not gues
 - Every run passes a count.  A run without one in between makes Unicorn drop all translated code.
 - `int3` and page faults arrive through the interrupt hook with RIP past the `int3`, and on the faulting
   instruction; `ud2` arrives as an error with RIP on it; a guest leaves by `hlt`, with RIP past it.
-- A fault leaves QEMU's "old exception" set, and the next one would come out as a double fault; restoring a clean
-  context clears it.
-- The hook that records executed addresses costs half a microsecond an instruction, so it lives on an instance of
-  its own (`trace=True`), and the others run without any.
+- A fault leaves QEMU's "old exception" set, and the next one would come out as a double fault; restoring a
+  clean context clears it.
+- The hook that records executed addresses costs half a microsecond an instruction, so it lives on an instance
+  of its own (`trace=True`), and the others run without any.
 """
 
 import ctypes
@@ -19,13 +19,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import unicorn
+import unicorn as untyped_unicorn
 import unicorn.x86_const as x86
 from unicorn.unicorn_py3.unicorn import uclib  # the bindings' own reads cost 2.6 us a register
 
+from elf.errors import KlpemuError
 from emu.paging import AddressSpace
 
 __all__ = ["REGISTERS", "Stop", "StopKind", "VCpu"]
+
+unicorn: Any = untyped_unicorn  # the bindings have annotations, but incomplete ones
 
 REGISTERS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
@@ -51,8 +54,7 @@ TRANSLATION_BUFFER = 16 << 20
 class StopKind(enum.Enum):
     """Why a vCPU left the guest."""
 
-    BUDGET = "instruction budget spent"
-    HALT = "hlt"
+    BUDGET = "instruction budget spent, or hlt"
     BREAKPOINT = "int3"
     UNDEFINED = "undefined instruction"
     FAULT = "exception"
@@ -69,7 +71,7 @@ class Stop:
 
 
 class VCpu:
-    """One vCPU.  `number` is what the kernel calls it; `gs_base` is the virtual address of its per-CPU area."""
+    """One vCPU: `number` is the kernel's, `gs_base` the virtual address of its per-CPU area."""
 
     def __init__(self, space: AddressSpace, number: int, gs_base: int, *, trace: bool = False) -> None:
         self.number = number
@@ -85,7 +87,8 @@ class VCpu:
         self._xmm_pointers = (ctypes.c_void_p * XMM_COUNT)(
             *(ctypes.addressof(self._xmm) + 16 * index for index in range(XMM_COUNT))
         )
-        self._uc = uc = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        self._uc: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
+        uc = self._uc
         # A model without RDRAND and RDSEED: they would return the host's randomness.
         uc.ctl_set_cpu_model(x86.UC_CPU_X86_WESTMERE)
         uc.ctl_set_tcg_buffer_size(TRANSLATION_BUFFER)
@@ -126,7 +129,9 @@ class VCpu:
 
     def set_vectors(self, values: bytes) -> None:
         """Set xmm0 to xmm15."""
-        self._xmm[:] = values
+        if len(values) != len(self._xmm):
+            raise ValueError(f"{len(values)} bytes are not {XMM_COUNT} registers of 16")
+        ctypes.memmove(self._xmm, values, len(values))
         uclib.uc_reg_write_batch(self._uc._uch, _XMM_IDS, self._xmm_pointers, XMM_COUNT)
 
     def run(self, count: int) -> Stop:
@@ -138,10 +143,12 @@ class VCpu:
         except unicorn.UcError as error:
             if error.errno == unicorn.UC_ERR_INSN_INVALID:
                 return Stop(StopKind.UNDEFINED, self._uc.reg_read(x86.UC_X86_REG_RIP), vector=6)
-            raise
+            rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
+            raise KlpemuError(f"Unicorn cannot go on: {error}", where=f"{rip:#018x}") from error
         rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
         if self._interrupt is None:
-            # A spent budget and a `hlt` look alike to Unicorn; only the caller's map of exits can tell them apart.
+            # A spent budget and a `hlt` look alike to Unicorn; only the caller's map of exits can tell them
+            # apart.
             return Stop(StopKind.BUDGET, rip)
         vector, address = self._interrupt
         if vector == INTERRUPT_BREAKPOINT:
@@ -150,7 +157,7 @@ class VCpu:
         return Stop(StopKind.FAULT, rip, vector, address if vector == INTERRUPT_PAGE_FAULT else 0)
 
     def drop_translations(self, start: int, end: int) -> None:
-        """Forget translated code of the virtual range [start, end): Unicorn does not notice our writes itself."""
+        """Forget translated code of virtual [start, end): Unicorn does not notice our writes itself."""
         self._uc.ctl_remove_cache(start, end)
 
     def flush_tlb(self) -> None:

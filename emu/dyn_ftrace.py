@@ -1,8 +1,8 @@
 """The records of all fentry sites: `struct dyn_ftrace` in guest memory, one array a loaded object.
 
-A record's flags are the kernel's (include/linux/ftrace.h): the low 23 bits count the ops that want the site, the
-others say what it calls.  The arrays hang off `ftrace_pages_start`; beside that list a host-side index of their
-address ranges finds a record by bisection, as the kernel's bsearch does within one array.
+A record's flags are the kernel's (include/linux/ftrace.h): the low 23 bits count the ops that want the site,
+the others say what it calls.  The arrays hang off `ftrace_pages_start`; beside that list a host-side index of
+their address ranges finds a record by bisection, as the kernel's bsearch does within one array.
 """
 
 import bisect
@@ -15,7 +15,7 @@ from emu.memory import Memory
 from emu.slab import Slab
 from emu.view import GuestVariable, Layouts
 
-__all__ = ["DynFtrace", "FtraceFl", "ftrace_rec_count", "records_of"]
+__all__ = ["FTRACE_REF_MAX", "DynFtrace", "FtraceFl", "ftrace_rec_count", "records_of"]
 
 RECORD = struct.Struct("<QQ")
 
@@ -43,7 +43,10 @@ def ftrace_rec_count(flags: int) -> int:
 
 
 class DynFtrace:
-    """Adds, finds and removes records; `start` and `last` are the guest variables ftrace_pages_start, ftrace_pages."""
+    """Adds, finds and removes records.
+
+    `start` and `last` are the guest variables ftrace_pages_start and ftrace_pages.
+    """
 
     def __init__(
         self, layouts: Layouts, memory: Any, slab: Slab, start: GuestVariable, last: GuestVariable
@@ -63,7 +66,9 @@ class DynFtrace:
         records = self._slab.kzalloc(RECORD.size * len(ips), "dyn_ftrace records")
         self._memory.write(records, b"".join(RECORD.pack(ip, 0) for ip in ips))
         page = self._layouts.view(
-            "ftrace_page", self._memory, self._slab.kzalloc(self._layouts.sizeof("ftrace_page"), "ftrace_page")
+            "ftrace_page",
+            self._memory,
+            self._slab.kzalloc(self._layouts.sizeof("ftrace_page"), "ftrace_page"),
         )
         page.records = records
         page.index = len(ips)

@@ -7,7 +7,7 @@ from elf.errors import KlpemuError
 __all__ = ["KernelErrno", "errno_name"]
 
 
-class KernelErrno(KlpemuError):
+class KernelErrno(KlpemuError):  # noqa: N818
     """A kernel function returned an error; `number` is positive, `name` is `EBUSY`, `EINVAL`, …"""
 
     def __init__(self, number: int, what: str, *, where: str = "", advice: str = "") -> None:

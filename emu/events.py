@@ -26,7 +26,7 @@ class EventKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: a number that only grows, guest virtual address, and for stores the bytes before and after."""
+    """One event: a number that only grows, a guest virtual address, and a store's bytes before and after."""
 
     number: int
     kind: EventKind

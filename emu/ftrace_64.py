@@ -1,13 +1,14 @@
-"""ftrace's entry code: what arch/x86/kernel/ftrace_64.S is in a kernel, assembled for the layouts of our image.
+"""ftrace's entry code: what arch/x86/kernel/ftrace_64.S is in a kernel, assembled for the layouts of our
+image.
 
-`ftrace_caller` and `ftrace_regs_caller` come out with the kernel's own bytes (a test compares them with what was
-recorded from a real one), because private trampolines are copies of them and the offsets inside are an interface.
-Both keep their registers in a `struct pt_regs` on the stack; what they keep is exactly what the macros
-save_mcount_regs and restore_mcount_regs keep: rax, rcx, rdx, rsi, rdi, r8, r9 and rbp.  The regs variant keeps the
-flags and the rest, too, but for r11.
+`ftrace_caller` and `ftrace_regs_caller` come out with the kernel's own bytes (a test compares them with what
+was recorded from a real one), because private trampolines are copies of them and the offsets inside are an
+interface.  Both keep their registers in a `struct pt_regs` on the stack; what they keep is exactly what the
+macros save_mcount_regs and restore_mcount_regs keep: rax, rcx, rdx, rsi, rdi, r8, r9 and rbp.  The regs
+variant keeps the flags and the rest, too, but for r11.
 
-`arch_ftrace_ops_list_func` walks `ftrace_ops_list` and calls each ops whose hashes match, all of it guest code
-over guest data (kernel/trace/ftrace.c, __ftrace_ops_list_func() and ftrace_ops_test()).
+`arch_ftrace_ops_list_func` walks `ftrace_ops_list` and calls each ops whose hashes match, all of it guest
+code over guest data (kernel/trace/ftrace.c, __ftrace_ops_list_func() and ftrace_ops_test()).
 """
 
 from emu.assembly import Code
@@ -72,14 +73,18 @@ def append_entry_code(code: Code, layouts: Layouts, fixups: dict[int, str]) -> N
     # A direct caller left its target in ORIG_RAX: swap it with the flags and return there.
     jump = code.labels["ftrace_regs_caller_jmp"]
     code.bytes[jump + 1] = len(code.bytes) - (jump + 2)
-    code.asm(f"mov rdi, [rsp + {frame.size}]\n mov [rsp + {frame.size - 8}], rdi\n mov [rsp + {frame.size}], rax")
+    code.asm(
+        f"mov rdi, [rsp + {frame.size}]\n mov [rsp + {frame.size - 8}], rdi\n mov [rsp + {frame.size}], rax"
+    )
     code.asm(frame.restore(saved=8)).asm("popfq\n ret")
 
 
 def recursion_trylock(layouts: Layouts, group: str, percpu: dict[str, int]) -> str:
-    """Assembly of ftrace_test_recursion_trylock(): the bit's mask in r8d, or a jump to `recursion`; uses rax, r9.
+    """Assembly of ftrace_test_recursion_trylock(): the bit's mask in r8d, or a jump to `recursion`; uses rax,
+    r9.
 
-    Interrupts are not modelled, so the context is always the normal one, and the transition bit is the one retry.
+    Interrupts are not modelled, so the context is always the normal one, and the transition bit is the one
+    retry.
     """
     normal, transition = RECURSION_BITS[group]
     recursion = layouts.offsetof("task_struct", "trace_recursion")
@@ -113,8 +118,8 @@ def recursion_unlock(layouts: Layouts, percpu: dict[str, int], mask: str) -> str
 def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixups: dict[int, str]) -> None:
     """Append arch_ftrace_ops_list_func(ip, parent_ip, ignored, fregs).
 
-    rbx holds the ops, r12 ip, r13 parent_ip, r14 fregs, r15 the recursion bit; rbp is a frame pointer, so that the
-    frame can be walked without tables.
+    rbx holds the ops, r12 ip, r13 parent_ip, r14 fregs, r15 the recursion bit; rbp is a frame pointer, so
+    that the frame can be walked without tables.
     """
     ops = {name: layouts.offsetof("ftrace_ops", name) for name in ("func", "next", "flags", "func_hash")}
     hashes = {name: layouts.offsetof("ftrace_ops_hash", name) for name in ("filter_hash", "notrace_hash")}
@@ -133,7 +138,8 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
         mov r14, rcx
     """)
     lock = recursion_trylock(layouts, "TRACE_LIST_START", percpu)
-    # The jump over a recursion goes to the epilogue, which lies in another chunk: land behind this one instead.
+    # The jump over a recursion goes to the epilogue, which lies in another chunk: land behind this one
+    # instead.
     code.asm(f"{lock}\n mov r15, r8\n jmp locked\n recursion:\n xor r15d, r15d\n locked:")
     code.asm("test r15, r15")
     out = code.jump("jz")
@@ -150,7 +156,9 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
     code.asm(_lookup(layouts))
     code.asm("cmp eax, 1")  # in the notrace hash
     skip_notrace = code.jump("jz")
-    code.asm(f"mov rdi, r12\n mov rsi, r13\n mov rdx, rbx\n mov rcx, r14\n call qword ptr [rbx + {ops['func']}]")
+    code.asm(
+        f"mov rdi, r12\n mov rsi, r13\n mov rdx, rbx\n mov rcx, r14\n call qword ptr [rbx + {ops['func']}]"
+    )
     for jump in (skip_stub, skip_filter, skip_notrace):
         code.land(jump)
     code.asm(f"mov rbx, [rbx + {ops['next']}]\n test rbx, rbx")
@@ -186,7 +194,7 @@ class _Frame:
         return self._layouts.offsetof("pt_regs", member)
 
     def save(self, added: int) -> str:
-        """save_mcount_regs: the frame filled, ip in rdi, the parent's in rsi; `added` bytes were pushed before."""
+        """save_mcount_regs: the frame filled, ip in rdi, the parent's in rsi; `added` bytes lie below it."""
         saved = ("ax", "cx", "dx", "si", "di", "r8", "r9")
         stores = "\n".join(f"mov [rsp + {self[name]}], {_register(name)}" for name in saved)
         return f"""

@@ -11,7 +11,14 @@ from emu.ftrace_64 import GOLDEN_RATIO_64
 from emu.slab import Slab
 from emu.view import Layouts
 
-__all__ = ["FTRACE_HASH_MAX_BITS", "alloc_ftrace_hash", "entries", "free_ftrace_hash", "hash_is_empty", "lookup_ip"]
+__all__ = [
+    "FTRACE_HASH_MAX_BITS",
+    "alloc_ftrace_hash",
+    "entries",
+    "free_ftrace_hash",
+    "hash_is_empty",
+    "lookup_ip",
+]
 
 FTRACE_HASH_MAX_BITS = 12
 

@@ -1,12 +1,13 @@
 """The hub: the one place that enters the guest, and that decides who goes on.
 
-A service never runs guest code itself and never waits itself.  At a door (a load or a store of shared memory, a
-sync, a call up into guest code) it switches here, and the hub picks what runs next: the same service, another
-task's, or a vCPU for some instructions.  So every interleaving can be produced, and nothing nests on the host's
-stack.
+A service never runs guest code itself and never waits itself.  At a door (a load or a store of shared memory,
+a sync, a call up into guest code) it switches here, and the hub picks what runs next: the same service,
+another task's, or a vCPU for some instructions.  So every interleaving can be produced, and nothing nests on
+the host's stack.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import greenlet
@@ -17,9 +18,12 @@ from emu.task import Activity, GuestCall, Service, Task
 
 __all__ = ["Door", "Hub", "RunToCompletion", "Schedule", "Traps"]
 
-# A guest entry that takes longer than this does not end: at 100 million instructions a second that is half a second.
+# A guest entry that takes longer than this does not end: at 100 million instructions a second that is half a
+# second.
 INSTRUCTION_BUDGET = 50_000_000
-EXIT_BUDGET = 1_000_000
+# What leaving the guest is counted as: how many instructions were executed until then is not known, and a
+# guest that calls an export for ever has to end, too.
+EXIT_COST = 1_000
 
 
 class Door:
@@ -39,7 +43,7 @@ class Schedule(Protocol):
     interleaves: bool  # if not, services need not stop at the doors where nobody else could go on
 
     def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
-        """One of the runnable `tasks` (never empty), and its instructions (None: as many as its budget has)."""
+        """One of the runnable `tasks` (never empty), and how many instructions it gets (None: all)."""
         ...
 
 
@@ -79,8 +83,8 @@ class Traps(Protocol):
         """Build the stack frame of a call below `stack`; returns the registers to enter it with."""
         ...
 
-    def entering(self, task: Task) -> None:
-        """Guest code is about to run (the flight recorder takes its checkpoint here)."""
+    def entering(self, task: Task, instructions: int) -> None:
+        """At most so many instructions are about to run (the flight recorder takes its checkpoint here)."""
         ...
 
 
@@ -126,6 +130,7 @@ class Hub:
         if self._running is not None:
             raise KlpemuError("a service waits at its door, it does not drive the hub")
         self._greenlet = greenlet.getcurrent()
+        picked = task
         try:
             while not activity.finished:
                 runnable = [each for each in self.tasks if each.runnable]
@@ -134,6 +139,7 @@ class Hub:
                 picked, instructions = self.schedule.pick(runnable, task)
                 self.advance(picked, instructions)
         except BaseException:
+            self.abandon(picked)
             self.abandon(task)
             raise
         if activity.error is not None:
@@ -152,8 +158,11 @@ class Hub:
         """Drop all that a task was doing, after an error that nothing can go on from."""
         abandoned, task.activities = task.activities, []
         for activity in reversed(abandoned):
-            if isinstance(activity, Service) and activity.coroutine is not None:
-                activity.coroutine.throw(greenlet.GreenletExit)
+            if isinstance(activity, Service) and activity.coroutine:
+                # What the service does on its way out (it releases a mutex) is done; what fails there is
+                # lost.
+                with suppress(KlpemuError):
+                    activity.coroutine.throw(greenlet.GreenletExit)
 
     # Doors, called from inside a service.
 
@@ -196,6 +205,11 @@ class Hub:
         except KlpemuError as error:
             self._done(task, service, None, error)
             return
+        except BaseException:
+            # The coroutine is dead, and nothing below it will get an answer.
+            self._running = self._current = None
+            self.abandon(task)
+            raise
         finally:
             self._running = self._current = None
         if service.coroutine.dead:
@@ -211,8 +225,8 @@ class Hub:
             return
         if not call.started:
             self._start(task, call)
-        share = min(call.budget, instructions or call.budget)
-        self._traps.entering(task)
+        share = max(1, min(call.budget, instructions or call.budget))
+        self._traps.entering(task, share)
         stop = cpu.run(share)
         call.budget -= share
         if stop.kind is StopKind.BUDGET:
@@ -222,17 +236,17 @@ class Hub:
                 return
             export = self._traps.export_at(stop.rip)
             if export is not None:
-                call.budget = self.instruction_budget
+                call.budget += share - EXIT_COST
                 self.serve(task, "export", lambda: export(task))
                 return
             if call.budget > 0:
                 return
         elif stop.kind is StopKind.BREAKPOINT:
             call.breakpoint = stop.rip - 1
-            call.budget += share
+            call.budget += share - EXIT_COST
             return
         elif stop.kind is StopKind.UNDEFINED and self._traps.undefined(task, stop.rip):
-            call.budget += share
+            call.budget += share - EXIT_COST
             return
         self._done(task, call, None, self._traps.fault(task, call, stop))
 

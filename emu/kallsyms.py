@@ -1,7 +1,7 @@
 """Which symbol is where: the kernel's kallsyms, for vmlinux, for each module and for ftrace's trampolines.
 
-Addresses are guest virtual.  A symbol's size is what kallsyms says, the distance to the next symbol of the same
-object or to the end of the section it lies in (`find_kallsyms_symbol()` of kernel/module/kallsyms.c).
+Addresses are guest virtual.  A symbol's size is what kallsyms says, the distance to the next symbol of the
+same object or to the end of the section it lies in (`find_kallsyms_symbol()` of kernel/module/kallsyms.c).
 """
 
 import bisect
@@ -27,8 +27,8 @@ class Ksym:
 class Kallsyms:
     """Lookups by name and by address.
 
-    The tables of one object keep the order that sympos counts in: the symbol table's for a module, the addresses'
-    for vmlinux (`klp_find_object_symbol()` of kernel/livepatch/core.c).
+    The tables of one object keep the order that sympos counts in: the symbol table's for a module, the
+    addresses' for vmlinux (`klp_find_object_symbol()` of kernel/livepatch/core.c).
     """
 
     def __init__(self) -> None:
@@ -67,6 +67,14 @@ class Kallsyms:
         del self._trampolines[address]
         del self._trampoline_starts[bisect.bisect_left(self._trampoline_starts, address)]
 
+    def module_of(self, address: int) -> str | None:
+        """The object whose pages hold `address`: "" for vmlinux, None for what is no object's."""
+        index = bisect.bisect_right(self._spans, (address, 1 << 64, "")) - 1
+        if index < 0:
+            return None
+        start, end, module = self._spans[index]
+        return module if start <= address < end else None
+
     def modules(self) -> Iterator[str]:
         """Names of the objects that have symbols, vmlinux as ""."""
         return iter(self._objects)
@@ -80,8 +88,8 @@ class Kallsyms:
         return select(name, [symbol.address for symbol in self.named(name, module)], sympos, module)
 
     def at(self, address: int) -> Ksym | None:
-        """The symbol that covers `address`, functions preferred, local labels left out."""
-        module = self._object_at(address)
+        """The symbol that covers `address`; of several at one place the first function, else the first."""
+        module = self.module_of(address)
         if module is None:
             return self._trampoline_at(address)
         addresses, table = self._sorted[module]
@@ -89,7 +97,7 @@ class Kallsyms:
         best = None
         while last >= 0 and (best is None or addresses[last] == best.address):
             symbol = table[last]
-            if best is None or (symbol.is_function and not best.is_function):
+            if best is None or symbol.is_function or not best.is_function:
                 best = symbol
             last -= 1
         if best is None or address >= best.address + max(best.size, 1):
@@ -97,7 +105,7 @@ class Kallsyms:
         return best
 
     def lookup_size_offset(self, address: int) -> tuple[int, int] | None:
-        """Size of the symbol that covers `address`, and the offset in it (`kallsyms_lookup_size_offset()`)."""
+        """Size of the symbol that covers `address`, and the offset in it (kallsyms_lookup_size_offset())."""
         symbol = self.at(address)
         return None if symbol is None else (symbol.size, address - symbol.address)
 
@@ -108,13 +116,6 @@ class Kallsyms:
             return f"{address:#x}"
         module = f" [{symbol.module}]" if symbol.module else ""
         return f"{symbol.name}+{address - symbol.address:#x}/{symbol.size:#x}{module}"
-
-    def _object_at(self, address: int) -> str | None:
-        index = bisect.bisect_right(self._spans, (address, 1 << 64, "")) - 1
-        if index < 0:
-            return None
-        start, end, module = self._spans[index]
-        return module if start <= address < end else None
 
     def _trampoline_at(self, address: int) -> Ksym | None:
         index = bisect.bisect_right(self._trampoline_starts, address) - 1

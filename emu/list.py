@@ -1,7 +1,7 @@
 """The kernel's circular doubly linked lists (include/linux/list.h), on views of `struct list_head`.
 
-The order of the stores is the kernel's.  With the _rcu forms a reader in between sees, going forwards, either the
-old list or the new one.
+The order of the stores is the kernel's.  With the _rcu forms a reader in between sees, going forwards, either
+the old list or the new one.
 """
 
 from typing import Any

@@ -1,10 +1,10 @@
-"""The machine put together: memory, vCPUs, tasks, the kernel image, ftrace, and the services' way into memory."""
+"""The machine put together: memory, vCPUs, tasks, the kernel image and ftrace."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from elf.errors import KlpemuError
 from elf.image import Image
 from elf.layout import struct_layouts
 from elf.mcount import fentry_sites
@@ -21,9 +21,10 @@ from emu.memory import PAGE_SIZE
 from emu.module import LoadedObject, ModuleLoader, convert_sites, refuse_bad_sites, texts_of
 from emu.module_area import ModuleArea
 from emu.paging import Access, AddressSpace
+from emu.percpu import PerCpu
 from emu.placement import Placement
 from emu.printk import Printk
-from emu.slab import PAGE_OFFSET, Slab
+from emu.slab import Slab
 from emu.task import Task
 from emu.text_poke import TextPoker
 from emu.trampoline import Trampolines
@@ -35,7 +36,6 @@ __all__ = ["Machine", "SharedMemory"]
 
 THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
 STACKS = 0xFFFF_C900_0000_0000
-PER_CPU_SIZE = 16 * PAGE_SIZE
 
 
 class SharedMemory:
@@ -56,11 +56,23 @@ class SharedMemory:
         self._space.write(address, data)
         self._events.record(EventKind.STORE, address, before, data)
 
+    def cmpxchg(self, address: int, old: int, new: int) -> bool:
+        """Store `new` into the 64-bit word if it holds `old`, nobody in between; False if it does not."""
+        self._hub.door("cmpxchg", address)
+        before = self._space.read(address, 8)
+        if int.from_bytes(before, "little") != old:
+            return False
+        data = new.to_bytes(8, "little")
+        self._space.write(address, data)
+        self._events.record(EventKind.STORE, address, before, data)
+        return True
+
 
 class Machine:
     """One emulated machine with a kernel image in it.
 
-    `entry_code` appends machine code of the rooms above to the image's own; `cpus` is the number of vCPUs.
+    `entry_code` appends machine code of the rooms above to the image's own, `stubs` names functions
+    that those rooms answer in Python (they enter them into `traps.exports`); `cpus` is the number of vCPUs.
     """
 
     def __init__(
@@ -68,11 +80,12 @@ class Machine:
         image: Image,
         *,
         entry_code: Sequence[EntryCode] = (),
+        stubs: Sequence[str] = (),
         cpus: int = 1,
         arena_size: int = ARENA_SIZE,
     ) -> None:
         self.image = image
-        self.layouts = Layouts(struct_layouts(image))
+        self.layouts = _layouts_of(image)
         self.space = AddressSpace(Arena(arena_size))
         self.events = EventTrace()
         self.log = Printk()
@@ -80,7 +93,7 @@ class Machine:
         self.kallsyms = Kallsyms()
         self.slab = Slab(self.space)
         self.area = ModuleArea(self.space)
-        self._per_cpu_used = 0
+        self.percpu = PerCpu(self.space)
         self._next_stack = STACKS
         self.poker = TextPoker(self.space, self.events, self.synchronize, self._door)
         self.traps = GuestTraps(self)
@@ -89,16 +102,18 @@ class Machine:
         self.recorder = FlightRecorder(self)
         self.modules = ModuleLoader(self)
 
+        exits = sorted({*EXPORTS, *stubs})
         self.vmlinux = place_vmlinux(
-            image, self.layouts, self.per_cpu_alloc, (append_guest_exports, *entry_code), sorted(EXPORTS)
+            image, self.layouts, self.percpu.alloc, (append_guest_exports, *entry_code), exits
         )
         self.traps.exports = dict(EXPORTS)
         self.return_address = self.vmlinux.symbols["klpemu_return"]
         self.fentry = self.vmlinux.symbols["__fentry__"]
-        self.per_cpu_areas = [self._new_per_cpu_area() for _ in range(cpus)]
+        for _ in range(cpus):
+            self.percpu.new_area()
         self._boot()
-        self.cpus = [VCpu(self.space, number, area) for number, area in enumerate(self.per_cpu_areas)]
-        self.tracer = VCpu(self.space, 0, self.per_cpu_areas[0], trace=True)
+        self.cpus = [VCpu(self.space, number, area) for number, area in enumerate(self.percpu.areas)]
+        self.tracer = VCpu(self.space, 0, self.percpu.areas[0], trace=True)
         self.trampolines = Trampolines(self.space, self.area, self.kallsyms, self.symbol)
         self.ftrace = Ftrace(
             self.layouts,
@@ -167,26 +182,18 @@ class Machine:
         return int(self.hub.finish(task, self.hub.call(task, entry, arguments, **registers)))
 
     def synchronize(self, what: str) -> None:
-        """Wait until every vCPU has passed an interruptible boundary or has scheduled, and record that it did.
+        """Wait until every vCPU has passed an interruptible boundary or has scheduled, and record it.
 
-        While a vCPU is in the middle of guest code it is at an instruction boundary whenever a service runs, and
-        its view of memory is never stale, so text_poke_sync holds at once.  A grace period must wait for the
-        others' guest calls to end.
+        While a vCPU is in the middle of guest code it is at an instruction boundary whenever a service runs,
+        and its view of memory is never stale, so text_poke_sync holds at once.  A grace period must wait for
+        what the others are doing to end, or to sleep.
         """
         if what not in ("text_poke_sync", "ftrace_sync_ipi"):
             me = self.hub.current if self.hub.in_service else None
-            self.hub.wait(lambda: all(task is me or task.quiescent for task in self.tasks), what)
+            self.hub.wait(lambda: all(task is me or task.has_scheduled for task in self.tasks), what)
         self.events.record(EventKind.SYNC, note=what)
 
     # Memory of the image and of modules.
-
-    def per_cpu_alloc(self, size: int, alignment: int) -> int:
-        """Offset of `size` bytes in every CPU's area."""
-        start = -(-self._per_cpu_used // max(alignment, 1)) * max(alignment, 1)
-        if start + size > PER_CPU_SIZE:
-            raise KlpemuError(f"per-CPU memory of {size} bytes does not fit the area of {PER_CPU_SIZE:#x}")
-        self._per_cpu_used = start + size
-        return start
 
     def install(self, placement: Placement) -> None:
         """Map the pages of a relocated object and fill them."""
@@ -196,8 +203,7 @@ class Machine:
             section = placement.image.sections[index]
             address = placement.addresses[index]
             if section in placement.per_cpu:
-                for area in self.per_cpu_areas:
-                    self.space.write(area + address, bytes(data))
+                self.percpu.write(address, bytes(data))
             else:
                 self.space.write(address, bytes(data))
 
@@ -218,11 +224,6 @@ class Machine:
         self.kallsyms.add("", self.vmlinux.ksyms(), spans)
         self.modules.objects[""] = loaded
 
-    def _new_per_cpu_area(self) -> int:
-        frame = self.space.arena.writable_frames(PER_CPU_SIZE // PAGE_SIZE)
-        self.space.map(PAGE_OFFSET + frame, PER_CPU_SIZE, Access.WRITE, frame)
-        return PAGE_OFFSET + frame
-
     def new_stack(self) -> int:
         """The first address above a fresh kernel stack, with a guard page below it."""
         bottom = self._next_stack + PAGE_SIZE
@@ -232,7 +233,7 @@ class Machine:
         return bottom + THREAD_SIZE
 
     def _new_task(self, cpu: VCpu) -> Task:
-        """A user task that is current on its vCPU and linked behind init_task; the idle task is init_task itself."""
+        """A user task, current on its vCPU and linked behind init_task, which is the idle task."""
         number = cpu.number + 1
         comm = "init" if number == 1 else f"task{number}"
         address = self.slab.kzalloc(self.layouts.sizeof("task_struct"), f"task_struct {comm}")
@@ -249,8 +250,16 @@ class Machine:
         offset = self.vmlinux.symbols["current_task"]
         self.space.write(cpu.gs_base + offset, address.to_bytes(8, "little"))
         if "cpu_number" in self.vmlinux.symbols:
-            self.space.write(cpu.gs_base + self.vmlinux.symbols["cpu_number"], cpu.number.to_bytes(4, "little"))
+            self.space.write(
+                cpu.gs_base + self.vmlinux.symbols["cpu_number"], cpu.number.to_bytes(4, "little")
+            )
         return Task(comm, address, top, cpu)
 
     def _door(self, kind: str, address: int) -> None:
         self.hub.door(kind, address)
+
+
+@lru_cache(maxsize=4)
+def _layouts_of(image: Image) -> Layouts:
+    """Reading debug information takes longer than all the rest of a boot."""
+    return Layouts(struct_layouts(image))

@@ -1,7 +1,7 @@
 """Reading guest memory: the read-only protocol that every check uses, and what raises when a byte is missing.
 
-All addresses are guest virtual addresses.  A live machine, a snapshot of one, and later an ELF core all serve the
-same `Memory` protocol, so whatever is written against it can judge any of them.
+All addresses are guest virtual addresses.  A live machine, a snapshot of one, and later an ELF core all serve
+the same `Memory` protocol, so whatever is written against it can judge any of them.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,12 @@ __all__ = [
 
 PAGE_SIZE = 4096
 
-# A kernel symbol name is at most KSYM_NAME_LEN bytes (include/linux/kallsyms.h); no guest string we follow is longer.
+# A kernel symbol name is at most KSYM_NAME_LEN bytes (include/linux/kallsyms.h); no guest string we follow is
+# longer.
 STRING_LIMIT = 4096
 
 
-class MemoryFault(KlpemuError):
+class MemoryFault(KlpemuError):  # noqa: N818
     """An address range that no page of the guest maps."""
 
     def __init__(self, address: int, size: int, doing: str) -> None:

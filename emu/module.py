@@ -1,13 +1,15 @@
 """Loading and unloading modules: kernel/module/main.c, as far as code that runs needs it.
 
-A module is placed, relocated against the kernel and the modules before it, its `call __fentry__` sites are turned
-into NOPs by a direct store (nothing can execute them yet), and only then do its pages become executable.
+A module is placed, relocated against the kernel and the modules before it, its `call __fentry__` sites are
+turned into NOPs by a direct store (nothing can execute them yet), and only then do its pages become
+executable.
 """
 
 import errno
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from elf.errors import ElfError, SymbolError
 from elf.image import Image
@@ -18,7 +20,18 @@ from emu.list import list_add_rcu, list_del_rcu
 from emu.placement import Placement, lay_out
 from emu.text_poke import CALL_OPCODE, NOP5, text_gen_insn
 
-__all__ = ["LoadedObject", "ModuleLoader", "Text", "convert_sites", "module_name", "refuse_bad_sites", "texts_of"]
+if TYPE_CHECKING:
+    from emu.machine import Machine
+
+__all__ = [
+    "LoadedObject",
+    "ModuleLoader",
+    "Text",
+    "convert_sites",
+    "module_name",
+    "refuse_bad_sites",
+    "texts_of",
+]
 
 MODULE_NAME_LEN = 56
 
@@ -68,16 +81,19 @@ def convert_sites(placement: Placement, sites: Iterable[Site], fentry: int) -> l
     """Turn each `call __fentry__` into a NOP in the relocated bytes; returns the sites' addresses."""
     addresses = []
     for site in sites:
+        section = placement.image.sections[site.section]
         base = placement.addresses.get(site.section)
         if base is None:
             continue  # a section that is not loaded
         data = placement.contents[site.section]
         found = bytes(data[site.offset : site.offset + 5])
-        wanted = text_gen_insn(CALL_OPCODE, base + site.offset, fentry) if site.kind is SiteKind.CALL else NOP5
+        wanted = (
+            text_gen_insn(CALL_OPCODE, base + site.offset, fentry) if site.kind is SiteKind.CALL else NOP5
+        )
         if found != wanted:
             raise ElfError(
                 f"the fentry site holds {found.hex(' ')}, expected {wanted.hex(' ')}",
-                where=f"{placement.image.path}: {placement.image.sections[site.section].name}+{site.offset:#x}",
+                where=placement.image.place(f"{section.name}+{site.offset:#x}"),
             )
         data[site.offset : site.offset + 5] = NOP5
         addresses.append(base + site.offset)
@@ -87,7 +103,7 @@ def convert_sites(placement: Placement, sites: Iterable[Site], fentry: int) -> l
 class ModuleLoader:
     """Loads and unloads modules of one machine; `objects` maps names to what is loaded, vmlinux as ""."""
 
-    def __init__(self, machine: Any) -> None:
+    def __init__(self, machine: "Machine") -> None:
         self._machine = machine
         self.objects: dict[str, LoadedObject] = {}
         self._exported: dict[str, tuple[int, str]] = {}
@@ -105,24 +121,24 @@ class ModuleLoader:
         sites = fentry_sites(image)
         refuse_bad_sites(image, sites)
         depends: set[str] = set()
-        placement = lay_out(image, lambda size: machine.area.reserve(size, f"module {name}"), machine.per_cpu_alloc)
-        try:
+        with ExitStack() as undo:
+            placement = self._lay_out(image, name, undo)
             placement.relocate(lambda symbol: self._resolve(symbol, name, depends))
             texts = texts_of(placement, name)
             addresses = convert_sites(placement, sites, machine.fentry)
-        except Exception:
-            if placement.size:
-                machine.area.free(placement.base)
-            raise
-        machine.install(placement)
-        loaded = LoadedObject(name, image.path, self._new_struct(name), placement, texts, addresses)
+            machine.install(placement)
+            struct = self._new_struct(name)
+            undo.callback(self._free_struct, struct)
+            spans = [(group.start, group.start + group.size) for group in placement.groups]
+            machine.kallsyms.add(name, placement.ksyms(name), spans)
+            undo.callback(machine.kallsyms.remove, name)
+            machine.ftrace.ftrace_module_init(addresses)
+            undo.pop_all()
+        loaded = LoadedObject(name, image.path, struct, placement, texts, addresses)
         loaded.depends_on = depends
         loaded.exports = self._exports_of(placement)
         for symbol, address in loaded.exports.items():
             self._exported.setdefault(symbol, (address, name))
-        spans = [(group.start, group.start + group.size) for group in placement.groups]
-        machine.kallsyms.add(name, placement.ksyms(name), spans)
-        machine.ftrace.ftrace_module_init(addresses)
         self.objects[name] = loaded
         return loaded
 
@@ -137,12 +153,29 @@ class ModuleLoader:
             raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use by {', '.join(users)}")
         machine.ftrace.ftrace_release_mod(loaded.sites)
         machine.kallsyms.remove(name)
-        list_del_rcu(machine.view("module", loaded.struct).list)
-        machine.slab.kfree(loaded.struct)
+        self._free_struct(loaded.struct)
+        for section in loaded.placement.per_cpu:
+            machine.percpu.free(loaded.placement.addresses[section.index])
         if loaded.placement.size:
             machine.area.free(loaded.placement.base)
         self._exported = {symbol: found for symbol, found in self._exported.items() if found[1] != name}
         del self.objects[name]
+
+    def _lay_out(self, image: Image, name: str, undo: ExitStack) -> Placement:
+        """Reserve the module's memory, and have `undo` give it back."""
+        machine = self._machine
+
+        def base(size: int) -> int:
+            address = machine.area.reserve(size, f"module {name}")
+            undo.callback(machine.area.free, address)
+            return address
+
+        def per_cpu(size: int, alignment: int) -> int:
+            offset = machine.percpu.alloc(size, alignment)
+            undo.callback(machine.percpu.free, offset)
+            return offset
+
+        return lay_out(image, base, per_cpu)
 
     def _resolve(self, symbol: Symbol, name: str, depends: set[str]) -> int:
         address = self._machine.vmlinux.symbols.get(symbol.name)
@@ -177,6 +210,10 @@ class ModuleLoader:
         module.klp_alive = True
         list_add_rcu(module.list, machine.list_head("modules"))
         return address
+
+    def _free_struct(self, address: int) -> None:
+        list_del_rcu(self._machine.view("module", address).list)
+        self._machine.slab.kfree(address)
 
 
 def texts_of(placement: Placement, name: str) -> list[Text]:

@@ -1,8 +1,8 @@
 """module_alloc: whole pages in the module mapping space, for modules and trampolines.
 
 The space is the kernel's (MODULES_VADDR, arch/x86/include/asm/pgtable_64_types.h).  Behind each area lies an
-unmapped guard page, as vmalloc leaves one.  Freed areas are unmapped, so that a stale jump into one faults, and the
-addresses come back into use only after `QUARANTINE_AREAS` others were freed.
+unmapped guard page, as vmalloc leaves one.  Freed areas are unmapped, so that a stale jump into one faults,
+and the addresses come back into use only after `QUARANTINE_AREAS` others were freed.
 """
 
 import bisect
@@ -46,13 +46,19 @@ class ModuleArea:
     def module_alloc(self, size: int, tag: str) -> int:
         """Address of an area of writable pages; the caller makes them executable once they are filled."""
         address = self.reserve(size, tag)
-        for at in range(address, address + self.live[address][0], PAGE_SIZE):
-            self._space.map(at, PAGE_SIZE, Access.WRITE, self._space.arena.writable_frames(1))
+        try:
+            self._space.map(address, self.live[address][0], Access.WRITE)
+        except KlpemuError:
+            self.free(address)
+            raise
         return address
 
     def free(self, address: int) -> None:
-        """Unmap and give back an area."""
-        size, _ = self.live.pop(address)
+        """Unmap and give back an area; raises KlpemuError for what is none."""
+        found = self.live.pop(address, None)
+        if found is None:
+            raise KlpemuError("free of what module_alloc never returned", where=f"{address:#018x}")
+        size, _ = found
         for at in range(address, address + size, PAGE_SIZE):
             access = self._space.access(at)
             if access is not None:

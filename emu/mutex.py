@@ -5,20 +5,24 @@ Waiting is the hub's business; the wait list of the struct stays empty.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
+
+from emu.memory import read_u64
+
+if TYPE_CHECKING:
+    from emu.machine import Machine
 
 __all__ = ["mutex_held"]
 
 
 @contextmanager
-def mutex_held(machine: Any, symbol: str) -> Iterator[None]:
+def mutex_held(machine: "Machine", symbol: str) -> Iterator[None]:
     """Hold the global mutex `symbol` on behalf of the current task."""
-    owner = machine.view("mutex", machine.symbol(symbol)).owner
+    owner = machine.symbol(symbol) + machine.layouts.offsetof("mutex", "owner")
     task = machine.hub.current.struct
-    while owner.counter:
-        machine.hub.wait(lambda: not owner.counter, symbol)
-    owner.counter = task - (1 << 64)  # an atomic_long_t is signed
+    while not machine.shared.cmpxchg(owner, 0, task):
+        machine.hub.wait(lambda: not read_u64(machine.space, owner), symbol)
     try:
         yield
     finally:
-        owner.counter = 0
+        machine.shared.write(owner, bytes(8))

@@ -1,13 +1,14 @@
 """The guest's address space: real 4-level page tables inside the arena (SDM Vol. 3A, 4.5).
 
-Text is read + execute, data read + write and no-execute, exactly as the entries say, so a guest store to text is
-a page fault of the CPU and not a check of ours.  The host side does not walk the tables again for each access: it
-keeps one dictionary from page to frame, filled where the entries are written.
+Text is read + execute, data read + write and no-execute, exactly as the entries say, so a guest store to text
+is a page fault of the CPU and not a check of ours.  The host side does not walk the tables again for each
+access: it keeps one dictionary from page to frame, filled where the entries are written.
 """
 
 import enum
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Protocol
 
 from elf.errors import KlpemuError
@@ -70,15 +71,29 @@ class AddressSpace:
         return root
 
     def map(self, address: int, size: int, access: Access, frame: int | None = None) -> None:
-        """Map whole pages at `address`: to fresh frames, or to contiguous ones from physical address `frame` on."""
-        pool = self.arena.writable_frames if access is Access.WRITE else self.arena.image_frames
-        for index in range(_pages(address, size)):
-            page = (address >> 12) + index
+        """Map whole pages at `address`: to fresh frames, or to contiguous ones from physical `frame` on.
+
+        All of them or none: whatever is raised, nothing stays mapped.
+        """
+        first = address >> 12
+        pages = range(first, first + _pages(address, size))
+        for page in pages:
             if page in self._frames:
                 raise KlpemuError("the page is mapped already", where=f"{page << 12:#018x}")
-            backing = pool(1) if frame is None else frame + index * PAGE_SIZE
-            self._set_entry(page, backing | access.value)
-            self._frames[page] = backing
+        pool = self.arena.writable_frames if access is Access.WRITE else self.arena.image_frames
+        with ExitStack() as undo:
+            for page in pages:
+                if frame is None:
+                    backing = pool(1)
+                    undo.callback(self.arena.release, backing)
+                else:
+                    backing = frame + (page - first) * PAGE_SIZE
+                self._set_entry(page, backing | access.value)
+                undo.callback(self._set_entry, page, 0)
+                self._frames[page] = backing
+                undo.callback(self._frames.pop, page)
+            undo.pop_all()
+        for page in pages:
             self._access[page] = access
             if access is Access.EXECUTE:
                 self._executable.add(page)

@@ -1,7 +1,8 @@
 """Where the sections of an object go in guest memory, and what its symbols are worth there.
 
 Sections are grouped by what they may do (text, read-only data, data) and each group starts on a page, as
-layout_sections() of kernel/module/main.c groups them.  Per-CPU sections get offsets from the GS base, not addresses.
+layout_sections() of kernel/module/main.c groups them.  Per-CPU sections get offsets from the GS base, not
+addresses.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from elf.errors import ElfError, RelocationError
 from elf.image import Image, Section
 from elf.relocation import apply_relocations
-from elf.symbols import SHN_ABS, SHN_COMMON, SHN_LIVEPATCH, SHN_UNDEF, Symbol
+from elf.symbols import SHN_ABS, SHN_COMMON, SHN_LIVEPATCH, SHN_UNDEF, STT_FUNC, Symbol
 from emu.kallsyms import Ksym
 from emu.memory import PAGE_SIZE
 from emu.paging import Access
@@ -32,7 +33,7 @@ class Group:
 
 @dataclass(eq=False)
 class Placement:
-    """An object laid out: `addresses` maps a section's index to its guest virtual address, or per-CPU offset."""
+    """An object laid out: `addresses` maps a section's index to its virtual address or per-CPU offset."""
 
     image: Image
     base: int
@@ -43,7 +44,7 @@ class Placement:
     contents: dict[int, bytearray] = field(default_factory=dict)
 
     def value(self, symbol: Symbol) -> int | None:
-        """Guest virtual address of a symbol this object defines; None for one in a section that is not loaded."""
+        """Guest virtual address of a symbol this object defines; None if its section is not loaded."""
         if symbol.section == SHN_ABS:
             return symbol.value
         address = self.addresses.get(symbol.section)
@@ -79,10 +80,10 @@ class Placement:
                 if rela.is_klp_relocation:
                     continue
                 if section.is_nobits:
-                    raise RelocationError("relocation of a section without contents", where=self.image.place(rela.name))
-                apply_relocations(
-                    self.image, rela, target=data, target_address=address, symbol_values=values
-                )
+                    raise RelocationError(
+                        "relocation of a section without contents", where=self.image.place(rela.name)
+                    )
+                apply_relocations(self.image, rela, target=data, target_address=address, symbol_values=values)
 
     def text_sections(self) -> Iterator[tuple[Section, int]]:
         """Executable sections with their guest virtual addresses."""
@@ -92,11 +93,16 @@ class Placement:
                 yield section, address
 
     def ksyms(self, module: str) -> list[Ksym]:
-        """What kallsyms knows of this object: every named symbol in a loaded section, in symbol-table order."""
+        """What kallsyms knows of this object: each named symbol in a loaded section, in symbol-table order.
+
+        Assembler labels (`.L`) are left out, as scripts/kallsyms.c and is_mapping_symbol() leave them out.
+        """
         found: list[tuple[int, Symbol]] = []
         for symbol in self.image.symbols:
             address = self.addresses.get(symbol.section)
-            if address is None or not symbol.name or symbol.type > 2 or self._is_per_cpu(symbol.section):
+            if address is None or symbol.type > STT_FUNC or self._is_per_cpu(symbol.section):
+                continue
+            if not symbol.name or symbol.name.startswith(".L"):
                 continue
             found.append((address + symbol.value, symbol))
         ends = self._next_symbols(found)
@@ -109,7 +115,9 @@ class Placement:
         """For each symbol's address the next higher one, or the end of its section."""
         ends: dict[int, int] = {}
         starts = sorted({(symbol.section, address) for address, symbol in found})
-        for (section, address), (next_section, next_address) in zip(starts, [*starts[1:], (-1, 0)], strict=True):
+        for (section, address), (next_section, next_address) in zip(
+            starts, [*starts[1:], (-1, 0)], strict=True
+        ):
             end = self.addresses[section] + self.image.sections[section].size
             ends[address] = next_address if next_section == section else end
         return ends

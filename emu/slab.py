@@ -1,10 +1,11 @@
 """kmalloc and kfree: objects with red zones around them, poisoned and kept back when they are freed.
 
-The heap lies in the kernel's direct map (address = PAGE_OFFSET + physical address).  What the kernel would find
-only with slub_debug=FZP is always on here:
+The heap lies in the kernel's direct map (address = PAGE_OFFSET + physical address).  What the kernel would
+find only with slub_debug=FZP is always on here:
 
 - a red zone of `RED_ZONE` bytes on both sides tells a write past either end;
-- a fresh object is filled with POISON_INUSE unless zeroed, a freed one with POISON_FREE (include/linux/poison.h);
+- a fresh object is filled with POISON_INUSE unless zeroed, a freed one with POISON_FREE
+  (include/linux/poison.h);
 - a freed object waits in quarantine before its memory is used again, and must still be poison when it leaves.
 """
 
@@ -39,7 +40,7 @@ class Corruption:
 
 
 class Slab:
-    """The heap of one machine.  `live` maps each allocated object's address to its size in bytes and its tag."""
+    """The heap of one machine.  `live` maps an object's address to its size in bytes and its tag."""
 
     def __init__(self, space: AddressSpace) -> None:
         self._space = space
@@ -62,7 +63,7 @@ class Slab:
         return self._allocate(len(data), tag, data)
 
     def kfree(self, address: int) -> None:
-        """Free an object; NULL is ignored.  Raises KlpemuError for what was never allocated, or freed before."""
+        """Free an object; NULL is ignored.  Raises KlpemuError for what is not allocated, or not any more."""
         if not address:
             return
         found = self.live.pop(address, None)
@@ -105,7 +106,9 @@ class Slab:
 
     def _allocate(self, size: int, tag: str, contents: bytes) -> int:
         if not 0 < size <= (1 << 22):
-            raise KlpemuError(f"kmalloc of {size} bytes", advice="the kernel's limit is 4 MiB (KMALLOC_MAX_SIZE)")
+            raise KlpemuError(
+                f"kmalloc of {size} bytes", advice="the kernel's limit is 4 MiB (KMALLOC_MAX_SIZE)"
+            )
         room = _class_of(size)
         free = self._free.get(room)
         start = (free.pop() - RED_ZONE) if free else self._grow(room + 2 * RED_ZONE)

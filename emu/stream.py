@@ -1,16 +1,19 @@
-"""Executing one stream of instructions and keeping its addresses: for traces, and for checks of a redirected call.
+"""Executing one stream of instructions and keeping its addresses: for traces and for checks.
 
-`trace_call` runs a whole call for real.  `execute_stream` runs from an address until another one is reached and no
-further, on a stack of its own, with every register holding a known value; the caller puts memory back afterwards.
+`trace_call` runs a whole call for real.  `execute_stream` runs from an address until another one is reached
+and no further, on a stack of its own, with every register holding a known value; the caller puts memory back
+afterwards.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from emu.cpu import REGISTERS, Stop, StopKind
 
+if TYPE_CHECKING:
+    from emu.machine import Machine
 
 __all__ = ["Stream", "execute_stream", "trace_call", "undone"]
 
@@ -34,7 +37,7 @@ class Stream:
     stop: Stop
 
 
-def execute_stream(machine: Any, entry: int, stop_at: int, limit: int = STREAM_LIMIT) -> Stream:
+def execute_stream(machine: "Machine", entry: int, stop_at: int, limit: int = STREAM_LIMIT) -> Stream:
     """Execute from `entry` as if it had just been called, until RIP is `stop_at`."""
     cpu = machine.tracer
     cpu.set_gs_base(machine.cpus[0].gs_base)
@@ -70,7 +73,7 @@ def execute_stream(machine: Any, entry: int, stop_at: int, limit: int = STREAM_L
 
 
 @contextmanager
-def undone(machine: Any) -> Iterator[None]:
+def undone(machine: "Machine") -> Iterator[None]:
     """Put all writable memory back when the block ends: what was executed in it leaves no trace."""
     arena = machine.space.arena
     checkpoint = arena.checkpoint()
@@ -81,7 +84,7 @@ def undone(machine: Any) -> Iterator[None]:
 
 
 @contextmanager
-def traced(machine: Any) -> Iterator[list[int]]:
+def traced(machine: "Machine") -> Iterator[list[int]]:
     """Let the first task run on the tracing vCPU; yields the list that executed addresses are appended to."""
     task, tracer = machine.init_task, machine.tracer
     cpu = task.cpu
@@ -96,10 +99,8 @@ def traced(machine: Any) -> Iterator[list[int]]:
         tracer.executed = []
 
 
-def trace_call(machine: Any, entry: int, *arguments: int) -> tuple[int, list[int]]:
+def trace_call(machine: "Machine", entry: int, *arguments: int) -> tuple[int, list[int]]:
     """Call guest code and return RAX and the address of every instruction executed."""
     with traced(machine) as executed:
         result = machine.call(entry, *arguments)
     return result, [address for address in executed if address != machine.return_address]
-
-

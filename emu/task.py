@@ -1,8 +1,8 @@
 """A task: what it is doing, on which vCPU and on which stack.
 
-What a task is doing nests, as on a real kernel stack: guest code calls an export, the export is a service, the
-service calls a callback in guest code, and so on.  Each level is an activity; the top one is what runs.  The
-`task_struct` is in guest memory; this object holds only what has no place there.
+What a task is doing nests, as on a real kernel stack: guest code calls an export, the export is a service,
+the service calls a callback in guest code, and so on.  Each level is an activity; the top one is what runs.
+The `task_struct` is in guest memory; this object holds only what has no place there.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,11 @@ class Activity:
 
 @dataclass(eq=False, slots=True)
 class GuestCall(Activity):
-    """Guest code called by us: `entry` with at most six integer arguments in registers, the rest on the stack.
+    """Guest code called by us: `entry` with at most six integer arguments in registers, the rest on the
+    stack.
 
-    `saved` holds the registers of the guest code underneath while it waits; `budget` counts instructions down.
+    `saved` holds the registers of the guest code underneath while it waits; `budget` counts instructions
+    down.
     """
 
     entry: int = 0
@@ -43,7 +45,7 @@ class GuestCall(Activity):
 
 @dataclass(eq=False, slots=True)
 class Service(Activity):
-    """Sequential Python on behalf of a task, as a greenlet; `waiting` is the predicate it waits for at a door."""
+    """Sequential Python on behalf of a task, as a greenlet; `waiting` is the predicate it waits for."""
 
     name: str = ""
     body: Callable[[], Any] | None = None
@@ -56,7 +58,10 @@ class Service(Activity):
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """A task on a vCPU; `struct` is the address of its task_struct, `stack_top` the first address above its stack."""
+    """A task on a vCPU.
+
+    `struct` is the address of its task_struct, `stack_top` the first address above its stack.
+    """
 
     name: str
     struct: int
@@ -73,6 +78,16 @@ class Task:
     def quiescent(self) -> bool:
         """The task holds no reference into anything: it executes no guest code and runs no service."""
         return not self.activities
+
+    @property
+    def has_scheduled(self) -> bool:
+        """The task is in the middle of nothing: it does nothing at all, or it sleeps at a door.
+
+        A service that sleeps has given up its vCPU of its own accord, which is what grace periods wait for;
+        so two tasks that both wait for one do not wait for each other.
+        """
+        top = self.top
+        return top is None or (isinstance(top, Service) and top.waiting is not None)
 
     @property
     def runnable(self) -> bool:

@@ -1,8 +1,8 @@
 """Changing text that may be running: the breakpoint protocol of arch/x86/kernel/alternative.c.
 
-A poke of a site is three stores with a sync of all CPUs behind each: `int3` on the first byte, the tail of the new
-instruction, its first byte.  Sites queued together go through each stage together, in address order.  Whoever
-executes the `int3` meanwhile is sent where the *new* instruction would have sent it.
+A poke of a site is three stores with a sync of all CPUs behind each: `int3` on the first byte, the tail of
+the new instruction, its first byte.  Sites queued together go through each stage together, in address order.
+Whoever executes the `int3` meanwhile is sent where the *new* instruction would have sent it.
 
 `text_poke_early` is the direct store for text that nobody can be executing yet.
 """
@@ -14,7 +14,7 @@ from elf.errors import KlpemuError
 from emu.events import EventKind, EventTrace
 from emu.paging import AddressSpace
 
-__all__ = ["CALL_OPCODE", "INT3", "JMP32_OPCODE", "NOP5", "TextPoker", "text_gen_insn"]
+__all__ = ["CALL_OPCODE", "INSN_SIZE", "INT3", "JMP32_OPCODE", "NOP5", "TextPoker", "text_gen_insn"]
 
 INT3 = 0xCC
 CALL_OPCODE = 0xE8
@@ -91,8 +91,8 @@ class TextPoker:
     def poke_int3_handler(self, registers: dict[str, int], push: Callable[[int], None]) -> bool:
         """Emulate the new instruction for a CPU that executed one of our `int3`s; False if it is not ours.
 
-        `registers["rip"]` is past the `int3`.  A call pushes its return address with `push`; nothing else but RIP
-        (and RSP by that push) changes.
+        `registers["rip"]` is past the `int3`.  A call pushes its return address with `push`; nothing else but
+        RIP (and RSP by that push) changes.
         """
         address = registers["rip"] - 1
         site = next((each for each in self._patching if each.address == address), None)

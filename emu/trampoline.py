@@ -1,8 +1,8 @@
 """A private trampoline for one ftrace_ops: create_trampoline() of arch/x86/kernel/ftrace.c.
 
-It is a copy of `ftrace_caller` (or of `ftrace_regs_caller`, for an ops that wants all registers) in pages of its
-own, followed by a return of RET_SIZE bytes and the pointer to the ops.  The copy loads that pointer instead of
-`function_trace_op` and calls the ops' function instead of the list function.
+It is a copy of `ftrace_caller` (or of `ftrace_regs_caller`, for an ops that wants all registers) in pages of
+its own, followed by a return of RET_SIZE bytes and the pointer to the ops.  The copy loads that pointer
+instead of `function_trace_op` and calls the ops' function instead of the list function.
 """
 
 from collections.abc import Callable

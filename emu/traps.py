@@ -1,20 +1,23 @@
-"""What happens when guest code leaves the guest: exports, breakpoints, WARNs, faults, and calls that come back."""
+"""What happens when guest code leaves the guest: exports, breakpoints, WARNs, faults and returns."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elf.errors import KlpemuError
 from emu.assembly import disassemble
 from emu.cpu import REGISTERS, Stop, StopKind
 from emu.events import EventKind
-from emu.memory import MemoryFault
+from emu.memory import PAGE_SIZE, MemoryFault
 from emu.task import GuestCall, Task
+
+if TYPE_CHECKING:
+    from emu.machine import Machine
 
 __all__ = ["BreakpointHandler", "Export", "GuestFault", "GuestTraps"]
 
 # An export answers for a guest function: it reads its arguments from the registers and returns RAX.
-Export = Callable[[Any, dict[str, int]], int | None]
-# Gets the registers of the CPU that executed the int3 and a function that pushes on its stack; True if it was his.
+Export = Callable[["Machine", dict[str, int]], int | None]
+# Gets the registers of the CPU that executed the int3, and a function that pushes on its stack.
 BreakpointHandler = Callable[[dict[str, int], Callable[[int], None]], bool]
 
 ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")  # psABI 3.2.3, figure 3.4
@@ -22,8 +25,8 @@ UD2 = b"\x0f\x0b"
 PAGE_FAULT = 14
 
 
-class GuestFault(KlpemuError):
-    """Guest code could not go on.  `registers` and `last` (addresses of the last instructions) say how it got there."""
+class GuestFault(KlpemuError):  # noqa: N818
+    """Guest code could not go on; `registers` and `last`, the last instructions, say how it got there."""
 
     def __init__(
         self, what: str, *, where: str, advice: str, registers: dict[str, int], last: list[str], address: int
@@ -37,14 +40,16 @@ class GuestFault(KlpemuError):
         """The one-line error, the registers, and the last instructions executed."""
         names = [*REGISTERS]
         rows = [names[index : index + 3] for index in range(0, len(names), 3)]
-        registers = "\n".join("  ".join(f"{name:>6} {self.registers[name]:016x}" for name in row) for row in rows)
+        registers = "\n".join(
+            "  ".join(f"{name:>6} {self.registers[name]:016x}" for name in row) for row in rows
+        )
         return f"{self}\n{registers}\nlast {len(self.last)} instructions:\n" + "\n".join(self.last)
 
 
 class GuestTraps:
     """Answers the hub for one machine; see `emu.hub.Traps`."""
 
-    def __init__(self, machine: Any) -> None:
+    def __init__(self, machine: "Machine") -> None:
         self._machine = machine
         self.exports: dict[str, Export] = {}
         self.breakpoint_handlers: list[BreakpointHandler] = [machine.poker.poke_int3_handler]
@@ -75,7 +80,7 @@ class GuestTraps:
         return False
 
     def undefined(self, task: Task, address: int) -> bool:
-        """WARN_ON_ONCE of our own entry code: log it once and go on behind the `ud2`, as handle_bug() does."""
+        """WARN_ON_ONCE of our entry code: log it once and go on behind the `ud2`, as handle_bug() does."""
         machine = self._machine
         try:
             if machine.space.read(address, 2) != UD2 or address not in machine.vmlinux.warn_sites:
@@ -91,7 +96,7 @@ class GuestTraps:
         return True
 
     def frame(self, call: GuestCall, stack: int) -> dict[str, int]:
-        """psABI 3.2.2: RSP + 8 is a multiple of 16 at the first instruction; the seventh argument is at RSP + 8."""
+        """psABI 3.2.2: at the first instruction RSP + 8 is a multiple of 16: the seventh argument."""
         rest = call.arguments[len(ARGUMENTS) :]
         rsp = ((stack - 8 * len(rest)) & ~15) - 8
         words = (self._machine.return_address, *rest)
@@ -101,8 +106,8 @@ class GuestTraps:
         registers |= dict(zip(ARGUMENTS, call.arguments, strict=False))
         return registers | call.registers
 
-    def entering(self, task: Task) -> None:
-        self._machine.recorder.checkpoint(task.cpu)
+    def entering(self, task: Task, instructions: int) -> None:
+        self._machine.recorder.checkpoint(task.cpu, instructions)
 
     def fault(self, task: Task, call: GuestCall, stop: Stop) -> KlpemuError:
         machine, cpu = self._machine, task.cpu
@@ -137,13 +142,17 @@ class GuestTraps:
     def _explain(self, stop: Stop) -> str:
         match stop.kind:
             case StopKind.BUDGET:
-                return f"the guest did not return within {self._machine.hub.instruction_budget:,} instructions"
+                return (
+                    f"the guest did not return within {self._machine.hub.instruction_budget:,} instructions"
+                )
             case StopKind.BREAKPOINT:
                 return "an int3 that no breakpoint handler claims"
             case StopKind.UNDEFINED:
                 return "undefined instruction"
         if stop.vector != PAGE_FAULT:
-            return {8: "double fault", 13: "general protection fault"}.get(stop.vector, f"exception {stop.vector}")
+            return {8: "double fault", 13: "general protection fault"}.get(
+                stop.vector, f"exception {stop.vector}"
+            )
         access = self._machine.space.access(stop.address)
         if stop.address == stop.rip and access is None:
             return f"jump to unmapped address {stop.address:#x}"
@@ -151,11 +160,14 @@ class GuestTraps:
             return f"jump to {stop.address:#x}, which is no text"
         if access is None:
             return f"access to unmapped address {stop.address:#x}"
-        return f"write to read-only address {stop.address:#x} ({self._machine.kallsyms.describe(stop.address)})"
+        return (
+            f"write to read-only address {stop.address:#x} ({self._machine.kallsyms.describe(stop.address)})"
+        )
 
     def _show(self, address: int) -> str:
         try:
-            code = self._machine.space.read(address, 15)
+            # The last instruction of a page may be followed by a page that is not there.
+            code = self._machine.space.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
         except MemoryFault:
             return f"  {address:#018x} (unmapped)"
         instruction = next(iter(disassemble(code, address)))

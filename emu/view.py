@@ -1,9 +1,11 @@
 """Typed views of guest memory: a C struct at an address, its members under the kernel's names.
 
-A view holds no value.  Every access goes to guest memory, so two views of one struct always agree with each other
-and with whatever guest code reads.  Layouts come from the image's debug information, never from this file.
+A view holds no value.  Every access goes to guest memory, so two views of one struct always agree with each
+other and with whatever guest code reads.  Layouts come from the image's debug information, never from this
+file.
 
-A view's own attributes end in an underscore (`address_`), so that every member name stays free for the kernel.
+A view's own attributes end in an underscore (`address_`), so that every member name stays free for the
+kernel.
 """
 
 import struct
@@ -20,8 +22,8 @@ __all__ = ["GuestVariable", "Layouts", "Struct", "container_of", "list_for_each_
 class Struct:
     """A C struct at the guest virtual address `address_`; members are attributes.
 
-    Integers and pointers read as `int` (a pointer is the address it holds), `bool` as `bool`; a nested struct reads
-    as a view of itself, an array of bytes as `bytes`.  Assignment stores.
+    Integers and pointers read as `int` (a pointer is the address it holds), `bool` as `bool`; a nested struct
+    reads as a view of itself, an array of bytes as `bytes`.  Assignment stores.
     """
 
     __slots__ = ("address_", "memory_")
@@ -95,8 +97,8 @@ class Layouts:
                 layout = self[found.type.name]
         return offset
 
-    def view(self, name: str, memory: Memory, address: int) -> Struct:
-        """A view of the struct `name` at a guest virtual address."""
+    def view(self, name: str, memory: Memory, address: int) -> Any:
+        """A `Struct`: the view of the struct `name` at a guest virtual address."""
         cls = self._classes.get(name)
         if cls is None:
             cls = self._classes[name] = self._make_class(self[name])
@@ -110,7 +112,7 @@ class Layouts:
 
 
 class GuestVariable:
-    """A global variable of the kernel that is a number or a pointer; `code` is its struct format, "<Q" or "<i"."""
+    """A global variable of the kernel, a number or a pointer; `code` is its struct format, "<Q" or "<i"."""
 
     def __init__(self, memory: Memory, address: int, code: str = "<Q") -> None:
         self._memory = memory
@@ -127,7 +129,7 @@ class GuestVariable:
         cast(WritableMemory, self._memory).write(self.address, self._code.pack(number))
 
 
-def container_of(view: Struct, name: str, member: str) -> Struct:
+def container_of(view: Struct, name: str, member: str) -> Any:
     """The struct `name` that `view` is the member `member` of (include/linux/container_of.h)."""
     offset = view.layouts_.offsetof(name, member)
     return view.layouts_.view(name, view.memory_, view.address_ - offset)
@@ -136,8 +138,8 @@ def container_of(view: Struct, name: str, member: str) -> Struct:
 def list_for_each_entry(head: Struct, name: str, member: str) -> Iterator[Any]:
     """The structs `name` linked into the list `head` by their `member`, first to last (include/linux/list.h).
 
-    As with the kernel's macro, the current entry must stay linked while the loop body runs; for the _safe form
-    make a list of the entries first.
+    As with the kernel's macro, the current entry must stay linked while the loop body runs; for the _safe
+    form make a list of the entries first.
     """
     offset = head.layouts_.offsetof(name, member)
     at = cast(int, head.next)
@@ -186,7 +188,7 @@ def _scalar(offset: int, code: struct.Struct, convert: Callable[[Any], Any]) -> 
 
 
 def _nested(offset: int, name: str, layouts: Layouts) -> property:
-    def get(self: Struct) -> Struct:
+    def get(self: Struct) -> Any:
         return layouts.view(name, self.memory_, self.address_ + offset)
 
     return property(get)

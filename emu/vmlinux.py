@@ -1,12 +1,14 @@
 """The kernel image and the code beside it that is ours: placed first, everything else refers to it.
 
 A fixture kernel is a relocatable object without entry code.  Its text goes where a kernel's text goes
-(__START_KERNEL_map + 16 MiB), and behind it come `__fentry__`, the ftrace trampolines, the list function, whatever
-machine code the rooms above add (livepatch its handler), and the stubs through which guest code leaves for us.
+(__START_KERNEL_map + 16 MiB), and behind it come `__fentry__`, the ftrace trampolines, the list function,
+whatever machine code the rooms above add (livepatch its handler), and the stubs through which guest code
+leaves for us.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from elf.errors import KlpemuError, SymbolError
 from elf.image import Image
@@ -32,7 +34,10 @@ EntryCode = Callable[[Code, Layouts, dict[str, int], dict[int, str]], None]
 
 @dataclass(eq=False)
 class Vmlinux:
-    """The placed kernel: its sections, the entry code's bytes and labels, and the exits by address behind the hlt."""
+    """The placed kernel: its sections, and the entry code's bytes and labels.
+
+    `exits` maps the address behind the `hlt` of each exit stub to the stub's name.
+    """
 
     placement: Placement
     entry: Group
@@ -44,13 +49,15 @@ class Vmlinux:
 
     def entry_text(self) -> Text:
         """The entry code as it was assembled, with the `int3` filling behind it."""
-        return Text(f"vmlinux:{ENTRY_SECTION}", self.entry.start, self.entry_code.ljust(self.entry.size, b"\xcc"))
+        return Text(
+            f"vmlinux:{ENTRY_SECTION}", self.entry.start, self.entry_code.ljust(self.entry.size, b"\xcc")
+        )
 
     def ksyms(self) -> list[Ksym]:
         """All symbols in address order, which is what sympos counts in for vmlinux."""
         table = self.placement.ksyms("")
-        starts = sorted(set(self.labels.values())) + [self.entry.start + len(self.entry_code)]
-        sizes = dict(zip(starts, (end - start for start, end in zip(starts, starts[1:], strict=False)), strict=False))
+        starts = [*sorted(set(self.labels.values())), self.entry.start + len(self.entry_code)]
+        sizes = dict(zip(starts, (end - start for start, end in pairwise(starts)), strict=False))
         table += [Ksym(name, address, sizes[address], "") for name, address in self.labels.items()]
         return sorted(table, key=lambda symbol: symbol.address)
 

@@ -20,7 +20,7 @@ from patches.invariants.finding import Report
 from patches.invariants.subject import Subject
 from patches.invariants.verify import verify
 from patches.klp import Klp
-from patches.livepatch import VMLINUX, Patch, discard, materialise
+from patches.livepatch import VMLINUX, Patch, declared, discard, materialise
 from patches.stacks import expected_functions
 
 __all__ = ["EnabledPatch", "Kernel", "Trace"]
@@ -28,12 +28,16 @@ __all__ = ["EnabledPatch", "Kernel", "Trace"]
 
 @dataclass(frozen=True, slots=True)
 class EnabledPatch:
-    """A patch as declared, the `klp_patch` made from it, and the addresses of its replacement functions."""
+    """A patch as declared, its `klp_patch` in guest memory, and the addresses of its replacement functions.
+
+    `release` gives back what was made for it once it is gone.
+    """
 
     patch: Patch
     guest: Any
     module: LoadedObject
     new_func: Mapping[str, int]
+    release: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +67,17 @@ class Kernel:
         self.machine = machine
         self.klp = Klp(machine)
         self.enabled: list[EnabledPatch] = []
+        self._refused: KlpemuError | None = None
         self._baseline = self._allocations()
+        machine.traps.exports["klp_enable_patch"] = self._klp_enable_patch
 
     @classmethod
     def load(cls, path: str | PathLike[str] | None = None, *, cpus: int = 1) -> "Kernel":
         """Boot a kernel image: a relocatable object with its DWARF; by default the built-in one."""
         image = Image.open(fspath(path) if path is not None else str(fixture(BUILTIN_KERNEL)))
-        return cls(Machine(image, entry_code=(append_klp_ftrace_handler,), cpus=cpus))
+        return cls(
+            Machine(image, entry_code=(append_klp_ftrace_handler,), stubs=("klp_enable_patch",), cpus=cpus)
+        )
 
     @property
     def log(self) -> list[str]:
@@ -93,9 +101,34 @@ class Kernel:
     def enable(self, patch: Patch) -> None:
         """Load a patch's code and enable it.  If that fails, nothing of it stays."""
         if patch.code is None:
-            raise KlpemuError("a patch without code", where=f"patch '{patch.name}'", advice="say which file has it")
+            raise KlpemuError(
+                "a patch without code", where=f"patch '{patch.name}'", advice="say which file has it"
+            )
         image = Image.open(fspath(patch.code))
         self._serve(f"enable {patch.name}", lambda: self._insmod(patch, image))
+
+    def insmod(self, path: str | PathLike[str]) -> str:
+        """Load a livepatch module (.ko) and run its init function, which enables the patch; returns its name."""
+        image = Image.open(fspath(path))
+        if image.modinfo.get("livepatch") != ["Y"]:
+            raise KlpemuError(
+                "no livepatch module (its modinfo does not say livepatch=Y)",
+                where=image.path,
+                advice="give old=new pairs for an object that only has the code",
+            )
+        name: str = self._serve("insmod", lambda: self.machine.modules.load_module(image).name)
+        self._refused = None
+        try:
+            status = self.machine.call(self.machine.kallsyms.address_of("init_module", name))
+        except KlpemuError:
+            self._unload_code(name)
+            raise
+        if status & 0xFFFF_FFFF:
+            self._unload_code(name)
+            number = (1 << 32) - (status & 0xFFFF_FFFF)
+            raise self._refused or KernelErrno(number, f"the init function of '{name}' failed", where=image.path)
+        self._settle()
+        return name
 
     def disable(self, patch: Patch | str) -> None:
         """Disable a patch (write 0 to its sysfs `enabled`) and unload its code."""
@@ -141,7 +174,9 @@ class Kernel:
             symbols=machine.vmlinux.symbols,
             texts=[text for each in objects for text in each.texts],
             sites=frozenset(ip for each in objects for ip in each.sites),
-            functions=expected_functions(machine.kallsyms, [(each.patch, each.new_func) for each in self.enabled]),
+            functions=expected_functions(
+                machine.kallsyms, [(each.patch, each.new_func) for each in self.enabled]
+            ),
             patches=[each.patch.name for each in self.enabled],
             execute=lambda entry, stop_at: execute_stream(machine, entry, stop_at),
             slab=machine.slab,
@@ -172,7 +207,9 @@ class Kernel:
         for ops in self.klp.ops():
             funcs = list(_stack(ops))
             if funcs and funcs[0].old_func == address:
-                return ["nop" if func.nop else self.machine.kallsyms.describe(func.new_func) for func in funcs]
+                return [
+                    "nop" if func.nop else self.machine.kallsyms.describe(func.new_func) for func in funcs
+                ]
         return []
 
     def site_of(self, function: str | int) -> tuple[int, bytes]:
@@ -196,20 +233,43 @@ class Kernel:
         loaded = self.machine.modules.load_module(image, patch.name)
         try:
             new_func = {
-                func.new: self._replacement(loaded, func.new) for funcs in patch.objects.values() for func in funcs
+                func.new: self._replacement(loaded, func.new)
+                for funcs in patch.objects.values()
+                for func in funcs
             }
             guest = materialise(self.machine, patch, loaded.struct, new_func)
         except KlpemuError:
             self.machine.modules.unload_module(patch.name)
             raise
+
+        def release() -> None:
+            discard(self.machine, guest)
+
         try:
             core.klp_enable_patch(self.klp, guest)
         except KlpemuError:
             if not self.machine.ftrace.disabled.get():
-                discard(self.machine, guest)
+                release()
                 self.machine.modules.unload_module(patch.name)
             raise
-        self.enabled.append(EnabledPatch(patch, guest, loaded, new_func))
+        self.enabled.append(EnabledPatch(patch, guest, loaded, new_func, release))
+
+    def _klp_enable_patch(self, machine: Machine, registers: dict[str, int]) -> int:
+        """The export that a livepatch module's init function calls."""
+        guest = machine.view("klp_patch", registers["rdi"])
+        loaded = machine.modules.objects[self.klp.name_of(guest)]
+        patch, new_func = declared(self.klp, guest, loaded.path)
+        try:
+            core.klp_enable_patch(self.klp, guest)
+        except KernelErrno as error:
+            self._refused = error
+            return -error.number
+        self.enabled.append(EnabledPatch(patch, guest, loaded, new_func, lambda: None))
+        return 0
+
+    def _unload_code(self, name: str) -> None:
+        if not self.machine.ftrace.disabled.get():
+            self._serve("rmmod", lambda: self.machine.modules.unload_module(name))
 
     def _replacement(self, loaded: LoadedObject, name: str) -> int:
         symbols = self.machine.kallsyms.named(name, loaded.name)
@@ -229,13 +289,15 @@ class Kernel:
             self.machine.service("klp_transition_work", lambda: transition.klp_transition_work_fn(self.klp))
         while self.klp.pending_free:
             guest = self.klp.pending_free.pop(0)
-            self.machine.service("free_work", lambda guest=guest: core.klp_free_patch_work_fn(self.klp, guest))
+            self.machine.service(
+                "free_work", lambda guest=guest: core.klp_free_patch_work_fn(self.klp, guest)
+            )
             gone = next(each for each in self.enabled if each.guest == guest)
             self.enabled.remove(gone)
             self.machine.service("rmmod", lambda gone=gone: self._rmmod(gone))
 
     def _rmmod(self, gone: EnabledPatch) -> None:
-        discard(self.machine, gone.guest)
+        gone.release()
         self.machine.modules.unload_module(gone.patch.name)
 
     def _allocations(self) -> dict[int, str]:

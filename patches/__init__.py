@@ -1,1 +1,1 @@
-"""Livepatch itself: patches, objects, funcs, the func_stack, transitions, atomic replace, and their checks."""
+"""Livepatch: patches, objects, funcs, the func_stack, transitions, atomic replace, and the checks."""

@@ -14,6 +14,7 @@ from emu.mutex import mutex_held
 from patches import patch, transition
 from patches.handler import KLP_PATCHED, KLP_UNPATCHED
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
+from patches.livepatch import VMLINUX, static_funcs, static_objects
 
 __all__ = [
     "enabled_store",
@@ -26,6 +27,9 @@ __all__ = [
     "klp_unpatch_replaced_patches",
 ]
 
+KSYM_NAME_LEN = 512  # include/linux/kallsyms.h
+MODULE_NAME_LEN = 56  # include/linux/module.h
+SYSFS = "/kernel/livepatch"
 KOBJECT_INITIALIZED = 1 << 0
 KOBJECT_IN_SYSFS = 1 << 1
 
@@ -36,14 +40,20 @@ def klp_mutex(klp: Klp) -> AbstractContextManager[None]:
 
 
 def klp_enable_patch(klp: Klp, patch_: Any) -> None:
-    """Enable a patch: initialise it, put its funcs in place, start the transition.  On failure no trace is left."""
+    """Enable a patch: initialise it, put its funcs in place, start the transition.  On failure no trace is
+    left.
+    """
     with klp_mutex(klp):
+        _module_get(klp, patch_)
         _klp_init_patch_early(klp, patch_)
         try:
             _klp_init_patch(klp, patch_)
             _klp_enable_patch(klp, patch_)
         except KernelErrno:
             _klp_free_patch_start(klp, patch_)
+            _klp_free_patch_finish(
+                klp, patch_
+            )  # the kernel does this behind the unlock, which changes nothing
             raise
 
 
@@ -51,10 +61,17 @@ def enabled_store(klp: Klp, patch_: Any, value: bool) -> None:
     """A write to /sys/kernel/livepatch/<patch>/enabled."""
     with klp_mutex(klp):
         if patch_.enabled == value:
-            raise KernelErrno(errno.EINVAL, f"patch '{klp.name_of(patch_)}' is in the requested state already")
-        if value:
-            raise KernelErrno(errno.EINVAL, f"patch '{klp.name_of(patch_)}' was disabled and cannot come back")
-        _klp_disable_patch(klp, patch_)
+            raise KernelErrno(
+                errno.EINVAL, f"patch '{klp.name_of(patch_)}' is in the requested state already"
+            )
+        if patch_ == klp.transition_patch:
+            transition.klp_reverse_transition(klp)
+        elif value:
+            raise KernelErrno(
+                errno.EINVAL, f"patch '{klp.name_of(patch_)}' was disabled and cannot come back"
+            )
+        else:
+            _klp_disable_patch(klp, patch_)
 
 
 def klp_unpatch_replaced_patches(klp: Klp, new_patch: Any) -> None:
@@ -90,15 +107,17 @@ def klp_free_replaced_patches_async(klp: Klp, new_patch: Any) -> None:
 
 
 def klp_free_patch_work_fn(klp: Klp, patch_: Any) -> None:
-    """The work: drop the last reference to the patch's kobject; its module may go from now on."""
-    patch_.kobj.state = 0
-    patch_.finish.done = 1
+    """The work: the part of a patch's release that must happen outside of klp_mutex."""
+    _klp_free_patch_finish(klp, patch_)
 
 
 def _klp_enable_patch(klp: Klp, patch_: Any) -> None:
     if klp.transition_patch is not None:
         raise KernelErrno(errno.EBUSY, f"patch '{klp.name_of(klp.transition_patch)}' is in transition")
     name = klp.name_of(patch_)
+    if patch_.enabled:
+        klp.warn("__klp_enable_patch", "patch->enabled")
+        raise KernelErrno(errno.EINVAL, f"patch '{name}' is enabled already")
     klp.log.pr_notice(f"livepatch: enabling patch '{name}'")
     transition.klp_init_transition(klp, patch_, KLP_PATCHED)
     # smp_wmb(): the handler must see func->transition before the funcs.
@@ -140,9 +159,9 @@ def _klp_init_patch_early(klp: Klp, patch_: Any) -> None:
     patch_.enabled = False
     patch_.forced = False
     patch_.finish.done = 0
-    for obj in _static_objects(klp, patch_):
+    for obj in static_objects(klp.machine, patch_):
         _klp_init_object_early(patch_, obj)
-        for func in _static_funcs(klp, obj):
+        for func in static_funcs(klp.machine, obj):
             _klp_init_func_early(obj, func)
 
 
@@ -161,26 +180,59 @@ def _klp_init_patch(klp: Klp, patch_: Any) -> None:
     _kobject_add(patch_)
     if patch_.replace:
         _klp_add_nops(klp, patch_)
+    names: set[str] = set()
     for obj in klp_for_each_object(patch_):
-        _klp_init_object(klp, patch_, obj)
+        _klp_init_object(klp, patch_, obj, names)
     list_add_tail(patch_.list, klp.klp_patches)
 
 
-def _klp_init_object(klp: Klp, patch_: Any, obj: Any) -> None:
+def _klp_init_object(klp: Klp, patch_: Any, obj: Any, siblings: set[str]) -> None:
+    """`siblings` are the names of the patch's objects so far; each has a directory of its own in sysfs."""
+    name = _object_name(klp, obj)
+    if len(name) >= MODULE_NAME_LEN:
+        raise KernelErrno(errno.EINVAL, f"the name of object '{name}' is too long")
     obj.patched = False
     obj.mod = 0
     if obj.name:
         _klp_find_object_module(klp, obj)
+    directory = f"{SYSFS}/{klp.name_of(patch_)}"
+    _sysfs_name(klp, directory, name, siblings)
     _kobject_add(obj)
+    names: set[str] = set()
     for func in klp_for_each_func(obj):
-        if not func.old_name or not (func.new_func or func.nop):
-            raise KernelErrno(errno.EINVAL, "a func without a name or without a replacement")
-        init_list_head(func.stack_node)
-        func.patched = False
-        func.transition = False
-        _kobject_add(func)
+        _klp_init_func(klp, func, f"{directory}/{name}", names)
     if _is_object_loaded(obj):
         _klp_init_object_loaded(klp, obj)
+
+
+def _klp_init_func(klp: Klp, func: Any, directory: str, siblings: set[str]) -> None:
+    if not func.old_name or not (func.new_func or func.nop):
+        raise KernelErrno(errno.EINVAL, "a func without a name or without a replacement")
+    name = klp.string(func.old_name)
+    if len(name) >= KSYM_NAME_LEN:
+        raise KernelErrno(errno.EINVAL, f"the name of function '{name[:32]}…' is too long")
+    init_list_head(func.stack_node)
+    func.patched = False
+    func.transition = False
+    _sysfs_name(klp, directory, f"{name},{func.old_sympos or 1}", siblings)
+    _kobject_add(func)
+
+
+def _sysfs_name(klp: Klp, directory: str, name: str, siblings: set[str]) -> None:
+    """Every kobject is a directory, so that two of one name cannot be (fs/sysfs/dir.c, lib/kobject.c)."""
+    if name in siblings:
+        klp.log.pr_warn(f"sysfs: cannot create duplicate filename '{directory}/{name}'")
+        klp.log.pr_err(
+            f"kobject_add_internal failed for {name} with -EEXIST, "
+            "don't try to register things with the same name in the same directory."
+        )
+        raise KernelErrno(
+            errno.EEXIST,
+            f"'{name}' is there twice",
+            where=directory,
+            advice="name each function once; sympos 0 and 1 are the same",
+        )
+    siblings.add(name)
 
 
 def _klp_init_object_loaded(klp: Klp, obj: Any) -> None:
@@ -225,13 +277,9 @@ def _klp_add_nops(klp: Klp, patch_: Any) -> None:
 
 
 def _klp_add_object_nops(klp: Klp, patch_: Any, old_obj: Any) -> None:
-    objname = klp.string(old_obj.name) if old_obj.name else ""
-    obj = next(
-        (each for each in klp_for_each_object(patch_) if (klp.string(each.name) if each.name else "") == objname),
-        None,
-    )
-    if obj is None:
-        obj = _klp_alloc_object_dynamic(klp, patch_, objname)
+    name = _object_name(klp, old_obj)
+    same = (each for each in klp_for_each_object(patch_) if _object_name(klp, each) == name)
+    obj = next(same, None) or _klp_alloc_object_dynamic(klp, patch_, name)
     known = {_func_key(klp, func) for func in klp_for_each_func(obj)}
     for old_func in klp_for_each_func(old_obj):
         key = _func_key(klp, old_func)
@@ -240,11 +288,13 @@ def _klp_add_object_nops(klp: Klp, patch_: Any, old_obj: Any) -> None:
             _klp_alloc_func_nop(klp, obj, old_func)
 
 
-def _klp_alloc_object_dynamic(klp: Klp, patch_: Any, objname: str) -> Any:
+def _klp_alloc_object_dynamic(klp: Klp, patch_: Any, name: str) -> Any:
     machine = klp.machine
-    obj = machine.view("klp_object", machine.slab.kzalloc(machine.layouts.sizeof("klp_object"), "dynamic klp_object"))
-    if objname:
-        obj.name = machine.slab.kstrdup(objname, "name of a dynamic klp_object")
+    obj = machine.view(
+        "klp_object", machine.slab.kzalloc(machine.layouts.sizeof("klp_object"), "dynamic klp_object")
+    )
+    if name != VMLINUX:
+        obj.name = machine.slab.kstrdup(name, "name of a dynamic klp_object")
     _klp_init_object_early(patch_, obj)
     obj.dynamic = True
     return obj
@@ -265,6 +315,22 @@ def _func_key(klp: Klp, func: Any) -> tuple[str, int]:
 
 
 # Freeing.
+
+
+def _klp_free_patch_finish(klp: Klp, patch_: Any) -> None:
+    """Drop the last reference to the patch's kobject; its module may go from now on, unless it was forced."""
+    patch_.kobj.kref.refcount.refs.counter = 0
+    patch_.kobj.state = 0
+    patch_.finish.done = 1
+    if not patch_.forced:
+        count = patch_.follow_("mod").refcnt
+        count.counter = count.counter - 1
+
+
+def _module_get(klp: Klp, patch_: Any) -> None:
+    """try_module_get(): as long as a patch is enabled its module cannot be unloaded."""
+    count = patch_.follow_("mod").refcnt
+    count.counter = count.counter + 1
 
 
 def _klp_free_patch_start(klp: Klp, patch_: Any) -> None:
@@ -297,31 +363,12 @@ def _free_objects(klp: Klp, patch_: Any, *, nops_only: bool) -> None:
 # Small things.
 
 
-def _static_objects(klp: Klp, patch_: Any) -> list[Any]:
-    """klp_for_each_object_static: the array up to its element of zeroes."""
-    machine, found = klp.machine, []
-    at = patch_.objs
-    while (obj := machine.view("klp_object", at)).funcs or obj.name:
-        found.append(obj)
-        at += machine.layouts.sizeof("klp_object")
-    return found
-
-
-def _static_funcs(klp: Klp, obj: Any) -> list[Any]:
-    machine, found = klp.machine, []
-    at = obj.funcs
-    while (func := machine.view("klp_func", at)).old_name or func.new_func or func.old_sympos:
-        found.append(func)
-        at += machine.layouts.sizeof("klp_func")
-    return found
-
-
 def _is_object_loaded(obj: Any) -> bool:
     return not obj.name or bool(obj.mod)
 
 
 def _object_name(klp: Klp, obj: Any) -> str:
-    return klp.string(obj.name) if obj.name else "vmlinux"
+    return klp.string(obj.name) if obj.name else VMLINUX
 
 
 def _kobject_init(owner: Any) -> None:

@@ -1,8 +1,8 @@
 """klp_ftrace_handler: the machine code that decides, at each call, which version of a function runs.
 
-The trampoline passes the ops it belongs to; the ops lies inside a `struct klp_ops`, whose func_stack has the newest
-func on top.  The handler takes that func, or the one below if a transition is on and the task has not switched yet,
-and writes where the call shall return to into the saved registers (klp_ftrace_handler() of
+The trampoline passes the ops it belongs to; the ops lies inside a `struct klp_ops`, whose func_stack has the
+newest func on top.  The handler takes that func, or the one below if a transition is on and the task has not
+switched yet, and writes where the call shall return to into the saved registers (klp_ftrace_handler() of
 kernel/livepatch/patch.c).  A nop func, or no older func at all, leaves the original to run.
 
 It calls nothing and keeps rbp as a frame pointer, so that a stack can be walked through it.
@@ -24,8 +24,8 @@ def append_klp_ftrace_handler(
 ) -> None:
     """Append klp_ftrace_handler(ip, parent_ip, fops, fregs).
 
-    r10 is &ops->func_stack, r11 the stack_node looked at, r8 the mask of the recursion bit.  Each WARN_ON_ONCE is a
-    `ud2`; execution goes on behind it, as in the kernel.
+    r10 is &ops->func_stack, r11 the stack_node looked at, r8 the mask of the recursion bit.  Each
+    WARN_ON_ONCE is a `ud2`; execution goes on behind it, as in the kernel.
     """
     stack_head = layouts.offsetof("klp_ops", "func_stack") - layouts.offsetof("klp_ops", "fops")
     node = layouts.offsetof("klp_func", "stack_node")

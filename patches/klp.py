@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from emu.machine import Machine
 from emu.memory import read_string
 from emu.printk import Printk
 from emu.view import GuestVariable, Struct, list_for_each_entry
@@ -13,11 +14,15 @@ __all__ = ["Klp", "klp_for_each_func", "klp_for_each_object"]
 
 @dataclass(eq=False)
 class Klp:
-    """One machine's livepatch core.  `pending_free` are patches whose release is scheduled (free_work)."""
+    """One machine's livepatch core.
 
-    machine: Any
-    klp_patches: Any = None
-    klp_ops: Any = None
+    `pending_free` are patches whose release is scheduled (free_work), `transition_work_pending` says that
+    klp_transition_work is.
+    """
+
+    machine: Machine
+    klp_patches: Any = field(init=False)
+    klp_ops: Any = field(init=False)
     klp_transition_patch: GuestVariable = field(init=False)
     klp_target_state: GuestVariable = field(init=False)
     klp_signals_cnt: GuestVariable = field(init=False)
@@ -25,6 +30,7 @@ class Klp:
     transition_work_pending: bool = False
     # old_func to the address of its klp_ops: a guess, checked in guest memory before it is used.
     ops_hints: dict[int, int] = field(default_factory=dict)
+    _warned: set[tuple[str, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         machine = self.machine
@@ -36,7 +42,8 @@ class Klp:
 
     @property
     def log(self) -> Printk:
-        return self.machine.log  # type: ignore[no-any-return]  # the machine is composed dynamically
+        """The kernel's log."""
+        return self.machine.log
 
     @property
     def transition_patch(self) -> Any:
@@ -63,11 +70,25 @@ class Klp:
 
     def name_of(self, patch: Any) -> str:
         """A patch is called as its module."""
-        return patch.follow_("mod").name.rstrip(b"\0").decode()  # type: ignore[no-any-return]  # a view's member
+        name: bytes = patch.follow_("mod").name
+        return name.split(b"\0")[0].decode("ascii", "backslashreplace")
 
     def string(self, address: int) -> str:
         """A C string of the core's structs."""
         return read_string(self.machine.shared, address)
+
+    def warn(self, function: str, condition: str) -> None:
+        """WARN_ON(condition) in a function of the core: it goes on."""
+        number = self.machine.hub.current.cpu.number
+        pid = self.machine.pid_of(self.machine.hub.current)
+        self.log.pr_warn(f"WARNING: CPU: {number} PID: {pid} at {function}")
+        self.machine.warnings.append(f"WARNING at {function}: {condition}")
+
+    def warn_once(self, function: str, condition: str) -> None:
+        """WARN_ON_ONCE(condition)."""
+        if (function, condition) not in self._warned:
+            self._warned.add((function, condition))
+            self.warn(function, condition)
 
 
 def klp_for_each_object(patch: Struct) -> Iterator[Any]:

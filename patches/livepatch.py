@@ -1,8 +1,8 @@
 """What the author of a livepatch writes: which functions of which objects it replaces, and with what code.
 
-`include/linux/livepatch.h` has the same shape, `struct klp_patch` of `klp_object`s of `klp_func`s.  These are the
-facts as declared; the structs that the kernel works on are in guest memory and are made from them when the patch is
-enabled (`materialise`).
+`include/linux/livepatch.h` has the same shape, `struct klp_patch` of `klp_object`s of `klp_func`s.  These are
+the facts as declared; the structs that the kernel works on are in guest memory and are made from them when
+the patch is enabled (`materialise`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 from elf.errors import KlpemuError
 
-__all__ = ["VMLINUX", "Func", "Patch", "discard", "materialise"]
+__all__ = ["VMLINUX", "Func", "Patch", "declared", "discard", "materialise"]
 
 VMLINUX = "vmlinux"
 
@@ -31,7 +31,7 @@ class Func:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """A livepatch: its name (that of its module), its funcs by object, the file with its code, and `replace`."""
+    """A livepatch: its name (its module's), its funcs by object, the file with its code, and `replace`."""
 
     name: str
     objects: Mapping[str, Sequence[Func]] = field(default_factory=dict)
@@ -53,8 +53,8 @@ class Patch:
 def materialise(machine: Any, patch: Patch, module: int, new_func: Mapping[str, int]) -> Any:
     """The `struct klp_patch` of a patch in guest memory, with its arrays of objects and funcs.
 
-    `module` is the address of the patch's struct module, `new_func` the addresses of its replacement functions.  The
-    arrays end with an element of zeroes, as static ones in a livepatch module do.
+    `module` is the address of the patch's struct module, `new_func` the addresses of its replacement
+    functions.  The arrays end with an element of zeroes, as static ones in a livepatch module do.
     """
     layouts, slab, view = machine.layouts, machine.slab, machine.view
     owner = f"patch {patch.name}"
@@ -77,21 +77,44 @@ def materialise(machine: Any, patch: Patch, module: int, new_func: Mapping[str, 
 
 def discard(machine: Any, guest: Any) -> None:
     """Free what `materialise` made; the patch must be neither enabled nor in transition."""
-    object_size, func_size = machine.layouts.sizeof("klp_object"), machine.layouts.sizeof("klp_func")
-    at = guest.objs
-    while True:
-        obj = machine.view("klp_object", at)
-        if not obj.funcs and not obj.name:
-            break
-        func_at = obj.funcs
-        while True:
-            func = machine.view("klp_func", func_at)
-            if not func.old_name:
-                break
+    for obj in static_objects(machine, guest):
+        for func in static_funcs(machine, obj):
             machine.slab.kfree(func.old_name)
-            func_at += func_size
         machine.slab.kfree(obj.funcs)
         machine.slab.kfree(obj.name)
-        at += object_size
     machine.slab.kfree(guest.objs)
     machine.slab.kfree(guest.address_)
+
+
+def declared(klp: Any, guest: Any, path: str) -> tuple[Patch, dict[str, int]]:
+    """What a livepatch module's own structs declare: the patch, and its replacements' addresses by name.
+
+    Read before the core touches them: afterwards the objects also hold what it added.
+    """
+    objects: dict[str, list[Func]] = {}
+    new_func: dict[str, int] = {}
+    for obj in static_objects(klp.machine, guest):
+        funcs = objects.setdefault(klp.string(obj.name) if obj.name else VMLINUX, [])
+        for func in static_funcs(klp.machine, obj):
+            new = klp.machine.kallsyms.describe(func.new_func).split("+")[0]
+            new_func[new] = func.new_func
+            funcs.append(Func(klp.string(func.old_name), new, func.old_sympos))
+    return Patch(klp.name_of(guest), objects, code=path, replace=guest.replace), new_func
+
+
+def static_objects(machine: Any, guest: Any) -> list[Any]:
+    """klp_for_each_object_static: the array up to its element of zeroes."""
+    found, at = [], guest.objs
+    while (obj := machine.view("klp_object", at)).funcs or obj.name:
+        found.append(obj)
+        at += machine.layouts.sizeof("klp_object")
+    return found
+
+
+def static_funcs(machine: Any, obj: Any) -> list[Any]:
+    """klp_for_each_func_static."""
+    found, at = [], obj.funcs
+    while (func := machine.view("klp_func", at)).old_name or func.new_func or func.old_sympos:
+        found.append(func)
+        at += machine.layouts.sizeof("klp_func")
+    return found

@@ -1,14 +1,14 @@
 """Patching and unpatching functions: kernel/livepatch/patch.c.
 
-One `klp_ops` with one `ftrace_ops` serves all patches of a function.  Its func_stack holds their funcs, newest on
-top; going from one version to another is a list operation, and the bytes of the site change only when the stack
-becomes non-empty or empty.
+One `klp_ops` with one `ftrace_ops` serves all patches of a function.  Its func_stack holds their funcs,
+newest on top; going from one version to another is a list operation, and the bytes of the site change only
+when the stack becomes non-empty or empty.
 """
 
+import contextlib
 import errno
 from typing import Any
 
-from elf.errors import KlpemuError
 from emu.dyn_ftrace import FtraceFl
 from emu.errno import KernelErrno
 from emu.ftrace import FtraceOpsFl
@@ -27,25 +27,29 @@ __all__ = [
 def klp_find_ops(klp: Klp, old_func: int) -> Any:
     """The klp_ops of the function at `old_func`; None if nothing patches it.
 
-    The kernel walks all of klp_ops.  Here the site's record answers first (without FTRACE_FL_IPMODIFY nobody
-    redirects it), then a remembered address is checked in guest memory, and only then is the list walked.
+    The kernel walks all of klp_ops.  Here a remembered address is tried first, if guest memory says that it
+    is what the walk would find; then the site's record (without FTRACE_FL_IPMODIFY nobody redirects it); and
+    only then is the list walked.
     """
     machine = klp.machine
+    hint = klp.ops_hints.get(old_func, 0)
+    if hint in machine.slab.live:
+        ops = machine.view("klp_ops", hint)
+        linked = machine.view("list_head", ops.node.prev).next == ops.node.address_
+        if linked and _top(ops).old_func == old_func:
+            return ops
     location = machine.ftrace.ftrace_location(old_func)
     record = machine.ftrace.records.lookup_rec(location, location) if location else None
     if record is None or not record.flags & FtraceFl.IPMODIFY:
         return None
-    hint = klp.ops_hints.get(old_func, 0)
-    if hint in machine.slab.live:
-        ops = machine.view("klp_ops", hint)
-        linked = machine.view("list_head", ops.node.next).prev == ops.node.address_
-        if linked and _top(ops).old_func == old_func:
-            return ops
     return next((ops for ops in klp.ops() if _top(ops).old_func == old_func), None)
 
 
 def klp_patch_object(klp: Klp, obj: Any) -> None:
     """Put every func of an object on its func_stack; on failure none of them stays there."""
+    if obj.patched:
+        klp.warn("klp_patch_object", "obj->patched")
+        raise KernelErrno(errno.EINVAL, "the object is patched already")
     for func in klp_for_each_func(obj):
         try:
             _klp_patch_func(klp, func)
@@ -85,6 +89,10 @@ def _unpatch_object(klp: Klp, obj: Any, *, nops_only: bool) -> None:
 def _klp_patch_func(klp: Klp, func: Any) -> None:
     machine = klp.machine
     old_func = func.old_func
+    for wrong, condition in ((not old_func, "!func->old_func"), (func.patched, "func->patched")):
+        if wrong:
+            klp.warn("klp_patch_func", condition)
+            raise KernelErrno(errno.EINVAL, f"a func cannot be patched: {condition}")
     ops = klp_find_ops(klp, old_func)
     if ops is not None:
         list_add_rcu(func.stack_node, ops.func_stack)
@@ -100,7 +108,9 @@ def _klp_patch_func(klp: Klp, func: Any) -> None:
             where=machine.kallsyms.describe(old_func),
             advice="it has no fentry site; patch its callers instead",
         )
-    ops = machine.view("klp_ops", machine.slab.kzalloc(machine.layouts.sizeof("klp_ops"), f"klp_ops of {name}"))
+    ops = machine.view(
+        "klp_ops", machine.slab.kzalloc(machine.layouts.sizeof("klp_ops"), f"klp_ops of {name}")
+    )
     ops.fops.func = machine.symbol("klp_ftrace_handler")
     ops.fops.flags = FtraceOpsFl.DYNAMIC | FtraceOpsFl.IPMODIFY | FtraceOpsFl.PERMANENT
     list_add(ops.node, klp.klp_ops)
@@ -127,21 +137,42 @@ def _register(klp: Klp, ops: Any, location: int, name: str) -> None:
     try:
         ftrace.register_ftrace_function(ops.fops)
     except KernelErrno as error:
-        klp.log.pr_err(f"livepatch: failed to register ftrace handler for function '{name}' (-{error.number})")
-        ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
+        klp.log.pr_err(
+            f"livepatch: failed to register ftrace handler for function '{name}' (-{error.number})"
+        )
+        with contextlib.suppress(KernelErrno):  # the kernel ignores what this returns
+            ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
         raise
 
 
 def _klp_unpatch_func(klp: Klp, func: Any) -> None:
+    """Take a func off its func_stack, and with the last one the klp_ops away.
+
+    What fails is a WARN_ON, as in the kernel: with ftrace off for good the site keeps its call, and the
+    klp_ops behind it is freed nevertheless.
+    """
     machine = klp.machine
     old_func = func.old_func
+    if not old_func:
+        klp.warn("klp_unpatch_func", "!func->old_func")
+        return
     ops = klp_find_ops(klp, old_func)
     if ops is None:
-        raise KlpemuError("a patched func without klp_ops", where=machine.kallsyms.describe(old_func))
+        klp.warn("klp_unpatch_func", "!ops")
+        return
     if list_is_singular(ops.func_stack):
         location = machine.ftrace.ftrace_location(old_func)
-        machine.ftrace.unregister_ftrace_function(ops.fops)
-        machine.ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
+        if not location:
+            klp.warn("klp_unpatch_func", "!ftrace_loc")
+            return
+        try:
+            machine.ftrace.unregister_ftrace_function(ops.fops)
+        except KernelErrno:
+            klp.warn("klp_unpatch_func", "unregister_ftrace_function(&ops->fops)")
+        try:
+            machine.ftrace.ftrace_set_filter_ip(ops.fops, location, remove=True)
+        except KernelErrno:
+            klp.warn("klp_unpatch_func", "ftrace_set_filter_ip(&ops->fops, ftrace_loc, 1, 0)")
         list_del_rcu(func.stack_node)
         list_del(ops.node)
         klp.ops_hints.pop(old_func, None)

@@ -1,31 +1,40 @@
 """What every func_stack must hold, computed from the patches as they were declared and nothing else.
 
-Variants that change what stays on a func_stack replace `expected_functions`.
+Variants that change what a patch keeps on the func_stacks replace `expected_funcs`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from emu.kallsyms import Kallsyms
 from patches.invariants.subject import ExpectedFunc
 from patches.livepatch import VMLINUX, Patch
 
-__all__ = ["expected_functions"]
+__all__ = ["expected_funcs", "expected_functions"]
 
 
 def expected_functions(
     kallsyms: Kallsyms, enabled: Sequence[tuple[Patch, Mapping[str, int]]]
 ) -> list[ExpectedFunc]:
-    """The patched functions of loaded objects; `enabled` are the patches, oldest first, with their symbols."""
+    """The patched functions; `enabled` are the patches, oldest first, with their replacements' addresses."""
     stacks: dict[int, list[int | None]] = {}
-    loaded = set(kallsyms.modules())
     for patch, new_func in enabled:
-        for objname, funcs in patch.objects.items():
-            module = "" if objname == VMLINUX else objname
-            if module not in loaded:
-                continue
-            for func in funcs:
-                address = kallsyms.address_of(func.old, module, func.sympos)
-                stacks.setdefault(address, []).insert(0, new_func[func.new])
+        for address, target in expected_funcs(kallsyms, patch, new_func):
+            stacks.setdefault(address, []).insert(0, target)
     return [
         ExpectedFunc(address, kallsyms.describe(address), tuple(stack)) for address, stack in stacks.items()
     ]
+
+
+def expected_funcs(
+    kallsyms: Kallsyms, patch: Patch, new_func: Mapping[str, int]
+) -> Iterator[tuple[int, int | None]]:
+    """What one enabled patch has on the func_stacks: a function, and its replacement (None for a nop func).
+
+    Only loaded objects count, and nop funcs are gone once their patch is enabled.
+    """
+    loaded = set(kallsyms.modules())
+    for objname, funcs in patch.objects.items():
+        module = "" if objname == VMLINUX else objname
+        if module in loaded:
+            for func in funcs:
+                yield kallsyms.address_of(func.old, module, func.sympos), new_func[func.new]

@@ -1,10 +1,9 @@
 """From one version of the functions to the next, task by task: kernel/livepatch/transition.c.
 
-A transition gives every task an initial patch_state, marks the funcs as being in transition, switches the tasks to
-the target state one by one, and cleans up when all have switched.  As long as no task sleeps inside guest code, the
-first attempt switches them all.
+A transition gives every task an initial patch_state, marks the funcs as being in transition, switches the
+tasks to the target state one by one, and cleans up when all have switched.  As long as no task sleeps inside
+guest code, the first attempt switches them all.
 """
-
 
 from typing import Any
 
@@ -16,6 +15,7 @@ __all__ = [
     "klp_cancel_transition",
     "klp_complete_transition",
     "klp_init_transition",
+    "klp_reverse_transition",
     "klp_start_transition",
     "klp_transition_work_fn",
     "klp_try_complete_transition",
@@ -26,13 +26,15 @@ TIF_PATCH_PENDING = 1 << 13  # arch/x86/include/asm/thread_info.h
 
 def klp_init_transition(klp: Klp, patch_: Any, state: int) -> None:
     """Set the target state, every task to the other one, and every func of the patch into transition."""
+    if klp.klp_target_state.get() != KLP_UNDEFINED:
+        klp.warn_once("klp_init_transition", "klp_target_state != KLP_UNDEFINED")
     klp.klp_transition_patch.set(patch_)
     klp.klp_target_state.set(state)
     klp.log.pr_debug(f"livepatch: '{klp.name_of(patch_)}': initializing {_direction(state)} transition")
     initial = KLP_PATCHED if state == KLP_UNPATCHED else KLP_UNPATCHED
-    for task in klp.tasks():
-        task.patch_state = initial
-    for task in klp.idle_tasks():
+    for task in (*klp.tasks(), *klp.idle_tasks()):
+        if task.patch_state != KLP_UNDEFINED:
+            klp.warn_once("klp_init_transition", "task->patch_state != KLP_UNDEFINED")
         task.patch_state = initial
     # smp_wmb(): the states must be seen before a func that is in transition.
     for obj in klp_for_each_object(patch_):
@@ -49,6 +51,20 @@ def klp_start_transition(klp: Klp) -> None:
         if task.patch_state != target:
             task.thread_info.flags = task.thread_info.flags | TIF_PATCH_PENDING
     klp.klp_signals_cnt.set(0)
+
+
+def klp_reverse_transition(klp: Klp) -> None:
+    """Turn the transition that is on around."""
+    patch_ = klp.transition_patch
+    target = klp.klp_target_state.get()
+    there, back = _direction(target), _direction(1 - target)
+    klp.log.pr_debug(f"livepatch: '{klp.name_of(patch_)}': reversing transition from {there} to {back}")
+    patch_.enabled = not patch_.enabled
+    klp.klp_target_state.set(1 - target)
+    for task in (*klp.tasks(), *klp.idle_tasks()):
+        task.thread_info.flags = task.thread_info.flags & ~TIF_PATCH_PENDING
+    klp.machine.synchronize("klp_synchronize_transition")
+    klp_start_transition(klp)
 
 
 def klp_try_complete_transition(klp: Klp) -> None:
@@ -76,6 +92,9 @@ def klp_transition_work_fn(klp: Klp) -> None:
 
 def klp_cancel_transition(klp: Klp) -> None:
     """Undo a patching transition that was initialised but not started."""
+    if klp.klp_target_state.get() != KLP_PATCHED:
+        klp.warn_once("klp_cancel_transition", "klp_target_state != KLP_PATCHED")
+        return
     name = klp.name_of(klp.transition_patch)
     klp.log.pr_debug(f"livepatch: '{name}': canceling patching transition, going to unpatch")
     klp.klp_target_state.set(KLP_UNPATCHED)
@@ -102,6 +121,8 @@ def klp_complete_transition(klp: Klp) -> None:
         # Nor may it see KLP_UNDEFINED while it still took a func to be in transition.
         klp.machine.synchronize("klp_synchronize_transition")
     for task in (*klp.tasks(), *klp.idle_tasks()):
+        if task.thread_info.flags & TIF_PATCH_PENDING:
+            klp.warn_once("klp_complete_transition", "test_tsk_thread_flag(task, TIF_PATCH_PENDING)")
         task.patch_state = KLP_UNDEFINED
     klp.log.pr_notice(f"livepatch: '{name}': {_direction(target)} complete")
     klp.klp_target_state.set(KLP_UNDEFINED)

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the foundation up: a room imports from itself and from the rooms before it.
 ROOMS = ("elf", "emu", "patches", "klpemu")
 MODULES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-ALL_FILES = MODULES + [path for folder in ("bench", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+ALL_FILES = MODULES + [
+    path for folder in ("bench", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 MAX_LINES = 450
 NAMES_THAT_SAY_NOTHING = ("common", "helper", "helpers", "manager", "util", "utils")

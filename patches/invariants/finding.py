@@ -6,12 +6,17 @@ from dataclasses import dataclass, field
 from elf.errors import KlpemuError
 from emu.assembly import disassemble
 
-__all__ = ["Finding", "Findings", "Report"]
+__all__ = ["Finding", "Findings", "Report", "value_finding"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it must be: at which step, which invariant, where, and both versions of the bytes."""
+    """One thing that is not as it must be: at which step, which invariant, where, and both versions of the
+    bytes.
+
+    `address` is guest virtual, `symbol` names it (a symbol, or the heap object it lies in).  The bytes are
+    those of instructions if `is_code`, else of the value stored there.
+    """
 
     invariant: str
     what: str
@@ -20,6 +25,7 @@ class Finding:
     expected: bytes = b""
     found: bytes = b""
     step: str = ""
+    is_code: bool = False
 
     def __str__(self) -> str:
         step = f"{self.step}: " if self.step else ""
@@ -27,16 +33,27 @@ class Finding:
         return f"klpemu: {step}{self.invariant}: {self.what}{place}"
 
     def details(self) -> list[str]:
-        """The bytes expected and found with their disassembly, when the finding is about bytes."""
+        """The bytes expected and found: instructions with their disassembly, anything else as a number."""
         lines = []
-        for name, code in (("expected", self.expected), ("found", self.found)):
-            if code:
-                text = "; ".join(str(each) for each in disassemble(code, self.address))
-                lines.append(f"  {name:8} {code.hex(' ')}  {text}")
+        for name, data in (("expected", self.expected), ("found", self.found)):
+            if data and self.is_code:
+                text = "; ".join(str(each) for each in disassemble(data, self.address))
+                lines.append(f"  {name:8} {data.hex(' ')}  {text}")
+            elif data:
+                lines.append(f"  {name:8} {data.hex(' ')}  {int.from_bytes(data, 'little'):#x}")
         return lines
 
 
-class Findings(KlpemuError):
+def value_finding(
+    invariant: str, what: str, address: int, symbol: str, expected: int, found: int, size: int = 8
+) -> Finding:
+    """A finding about a number of `size` bytes in guest memory; negative ones are signed."""
+    bound = 1 << 8 * size
+    wanted, actual = ((value % bound).to_bytes(size, "little") for value in (expected, found))
+    return Finding(invariant, what, address, symbol, wanted, actual)
+
+
+class Findings(KlpemuError):  # noqa: N818  (it carries findings, it is not one more error)
     """Raised by `Report.raise_for_findings`; `report` has them all."""
 
     def __init__(self, report: "Report") -> None:

@@ -2,18 +2,25 @@
 
 from collections.abc import Iterator
 
-from patches.invariants.finding import Finding
+from emu.memory import MemoryFault
+from emu.slab import Corruption
+from patches.invariants.finding import Finding, value_finding
 from patches.invariants.subject import Subject
+from patches.invariants.walk import entries
 
 __all__ = ["heap_is_intact", "nothing_remains", "tasks_are_settled"]
 
+KLP_UNDEFINED = -1
+
 
 def nothing_remains(subject: Subject) -> Iterator[Finding | None]:
-    """Once all patches are gone there is no trampoline, no ops and no allocation beyond what was there before."""
+    """Once all patches are gone there is no trampoline, no ops and no allocation beyond what was there
+    before.
+    """
     if subject.patches:
         return
     for address, tag in subject.remaining:
-        yield Finding("nothing_remains", f"still allocated: {tag}", address)
+        yield Finding("nothing_remains", f"still allocated: {tag}", address, subject.place(address))
     yield None
 
 
@@ -22,25 +29,46 @@ def heap_is_intact(subject: Subject) -> Iterator[Finding | None]:
     if subject.slab is None:
         return
     for damage in subject.slab.corruptions(subject.memory):
+        name = f"{damage.tag}{damage.address - damage.object:+#x}/{damage.size:#x}"
         what = f"{damage.what}: {damage.tag}, {damage.size} bytes at {damage.object:#x}"
-        yield Finding("heap_is_intact", what, damage.address)
+        found = subject.memory.read(damage.address, 1)[0]
+        expected = _filler(damage)
+        yield value_finding("heap_is_intact", what, damage.address, name, expected, found, 1)
     yield None
 
 
+def _filler(damage: Corruption) -> int:
+    """The byte that must be there: SLUB_RED_ACTIVE, POISON_FREE, or POISON_END (include/linux/poison.h)."""
+    if not damage.object <= damage.address < damage.object + damage.size:
+        return 0xCC
+    return 0xA5 if damage.address == damage.object + damage.size - 1 else 0x6B
+
+
 def tasks_are_settled(subject: Subject) -> Iterator[Finding | None]:
-    """Between two transitions every task's patch_state is KLP_UNDEFINED and no func is in transition."""
+    """Without a transition every task's patch_state is KLP_UNDEFINED, and so is the target state."""
     if subject.pointer("klp_transition_patch"):
         return
-    head = subject.symbols["init_task"]
-    first = subject.view("task_struct", head)
-    task, offset = first, subject.layouts.offsetof("task_struct", "tasks")
-    for _ in range(1 << 16):
-        if task.patch_state != -1:
-            name = task.comm.rstrip(b"\0").decode("ascii", "replace")
-            what = f"patch_state of {name}:{task.pid} is {task.patch_state}, no transition is on"
-            yield Finding("tasks_are_settled", what, task.address_)
-        else:
+    invariant = "tasks_are_settled"
+    at = subject.symbols["klp_target_state"]
+    target = int.from_bytes(subject.memory.read(at, 4), "little", signed=True)
+    if target != KLP_UNDEFINED:
+        what = f"klp_target_state is {target}, no transition is on"
+        yield value_finding(invariant, what, at, subject.place(at), KLP_UNDEFINED, target, 4)
+    else:
+        yield None
+    init_task = subject.symbols["init_task"]
+    head = init_task + subject.layouts.offsetof("task_struct", "tasks")
+    for address in (init_task, *entries(subject, head, "task_struct", "tasks")):
+        task = subject.view("task_struct", address)
+        try:
+            state, comm, pid = task.patch_state, task.comm, task.pid
+        except MemoryFault:
+            yield Finding(invariant, "the task list leads to no task", address, subject.place(address))
+            continue
+        if state == KLP_UNDEFINED:
             yield None
-        task = subject.view("task_struct", task.tasks.next - offset)
-        if task.address_ == head:
-            break
+            continue
+        name = comm.split(b"\0")[0].decode("ascii", "backslashreplace")
+        what = f"patch_state of {name}:{pid} is {state}, no transition is on"
+        at = task.member_("patch_state")
+        yield value_finding(invariant, what, at, subject.place(at), KLP_UNDEFINED, state, 4)

@@ -1,10 +1,14 @@
 """Streams: a call of a patched function goes from site to trampoline to handler to the expected function."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 
-from emu.assembly import disassemble
-from emu.memory import MemoryFault
+from unicorn.unicorn_py3.unicorn import UcError
+
+from elf.errors import KlpemuError
+from emu.assembly import Instruction, disassemble
+from emu.memory import PAGE_SIZE, MemoryFault
 from emu.stream import Stream
 from patches.invariants.finding import Finding
 from patches.invariants.subject import ExpectedFunc, Subject
@@ -13,32 +17,47 @@ __all__ = ["calls_reach_the_expected_function", "expected_target"]
 
 # restore_mcount_regs brings these back, the handler's C ABI the others (psABI 3.2.1, "callee-saved").
 ALWAYS_KEPT = ("rax", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rbx", "r8", "r9", "r12", "r13", "r14", "r15")
-UNCONDITIONAL = {"jmp", "call", "ret", "retf", "iretq"}
+RETURNS = {"ret", "retf", "retfq", "iret", "iretd", "iretq"}
 
 
 def calls_reach_the_expected_function(subject: Subject) -> Iterator[Finding | None]:
-    """Executed from its first byte, each patched function ends up at the func on top, every kept register intact."""
+    """Executed from its first byte, each patched function ends up at the func on top, every kept register
+    intact.
+    """
     if subject.execute is None:
         return
     for function in subject.functions:
         target = expected_target(subject, function)
         if target is None:
-            yield Finding("calls_reach_the_expected_function", "no fentry site", function.address, function.name)
+            yield Finding(
+                "calls_reach_the_expected_function", "no fentry site", function.address, function.name
+            )
             continue
-        stream = subject.execute(function.address, target)
-        problem = (
-            _did_not_arrive(subject, stream, target)
-            or _took_another_way(subject, function, stream)
-            or _lost_something(stream)
-        )
+        problem = _judge(subject, function, target)
         if problem is None:
             yield None
         else:
             yield Finding("calls_reach_the_expected_function", problem, function.address, function.name)
 
 
+def _judge(subject: Subject, function: ExpectedFunc, target: int) -> str | None:
+    """What is wrong with a call of one function; None if nothing is."""
+    assert subject.execute is not None
+    try:
+        stream = subject.execute(function.address, target)
+        return (
+            _did_not_arrive(subject, stream, target)
+            or _took_another_way(subject, function, stream)
+            or _lost_something(stream)
+        )
+    except (KlpemuError, UcError) as error:
+        return f"the call cannot be followed: {error}"
+
+
 def expected_target(subject: Subject, function: ExpectedFunc) -> int | None:
-    """First instruction of the function that a call must reach: the top func's, or the original behind its site."""
+    """First instruction of the function that a call must reach: the top func's, or the original behind its
+    site.
+    """
     symbol = subject.kallsyms.at(function.address)
     size = symbol.size if symbol is not None else 5
     sites = subject.sites_in(function.address, function.address + max(size, 5))
@@ -61,32 +80,43 @@ def _did_not_arrive(subject: Subject, stream: Stream, target: int) -> str | None
 
 def _took_another_way(subject: Subject, function: ExpectedFunc, stream: Stream) -> str | None:
     """Each executed instruction must be one that Capstone decodes, and its successor one that it allows."""
-    decoded: dict[int, tuple[int, str, str]] = {}
-    for address in stream.addresses:
-        if address not in decoded:
-            try:
-                instruction = next(disassemble(subject.memory.read(address, 15), address))
-            except MemoryFault:
-                instruction = next(disassemble(subject.memory.read(address, 1), address))
-            decoded[address] = (len(instruction.code), instruction.mnemonic, instruction.operands)
+    decoded: dict[int, Instruction] = {}
     for here, there in itertools.pairwise((*stream.addresses, stream.after["rip"])):
-        size, mnemonic, operands = decoded[here]
-        allowed = {here + size}
-        word = mnemonic.split()[-1]
-        direct = int(operands, 16) if operands.startswith("0x") else None
-        if word in UNCONDITIONAL:
-            if direct is None:
-                continue  # a return or an indirect jump: where it goes is the machine's answer
-            allowed = {direct}
-        elif direct is not None and word.startswith("j"):
-            allowed.add(direct)
-        if there not in allowed:
-            return f"from {here:#x} ({mnemonic} {operands}) execution went to {there:#x}"
+        if here not in decoded:
+            decoded[here] = _decode(subject, here)
+        allowed = _successors(decoded[here])
+        if allowed is not None and there not in allowed:
+            return f"from {subject.place(here)} ({decoded[here]}) execution went to {subject.place(there)}"
     return _regions_in_order(subject, function, stream)
 
 
+def _decode(subject: Subject, address: int) -> Instruction:
+    """The instruction at an address; an instruction has at most 15 bytes, its page may be the last one
+    mapped.
+    """
+    code = subject.memory.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
+    with contextlib.suppress(MemoryFault):
+        code = subject.memory.read(address, 15)
+    return next(disassemble(code, address))
+
+
+def _successors(instruction: Instruction) -> set[int] | None:
+    """Where execution may go from an instruction; None where only the machine can tell."""
+    word = instruction.mnemonic.split()[-1]
+    behind = instruction.address + len(instruction.code)
+    if word in RETURNS:
+        return None
+    if word in ("jmp", "call"):
+        return {int(instruction.operands, 16)} if instruction.operands.startswith("0x") else None
+    if word.startswith(("j", "loop")):
+        return {behind, int(instruction.operands, 16)}
+    if instruction.mnemonic.startswith("rep"):
+        return {behind, instruction.address}
+    return {behind}
+
+
 def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) -> str | None:
-    """The stream may only touch the function up to its site, the trampoline, and what the trampoline calls."""
+    """The stream may touch the function up to its site, the trampoline, and what that calls, no more."""
     if not function.stack:
         return None
     names = [name for name, _ in itertools.groupby(_region(subject, address) for address in stream.addresses)]
@@ -94,7 +124,10 @@ def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) 
     if len(handler) != 1:
         return f"the stream went through {' -> '.join(names)}: the handler must run exactly once"
     entry = names[1] if len(names) > 1 else ""
-    if not entry.startswith(("ftrace_trampoline", "ftrace_caller", "ftrace_regs_caller")) or names[-1] != entry:
+    if (
+        not entry.startswith(("ftrace_trampoline", "ftrace_caller", "ftrace_regs_caller"))
+        or names[-1] != entry
+    ):
         return f"the stream went through {' -> '.join(names)}: not into a trampoline and out of it again"
     return None
 
@@ -104,7 +137,11 @@ def _region(subject: Subject, address: int) -> str:
     if symbol is None:
         return f"{address:#x}"
     for name in ("ftrace_caller", "ftrace_regs_caller", "klp_ftrace_handler", "arch_ftrace_ops_list_func"):
-        if subject.symbols[name] <= address < subject.symbols[f"{name}_end"] + (16 if "caller" in name else 0):
+        if (
+            subject.symbols[name]
+            <= address
+            < subject.symbols[f"{name}_end"] + (16 if "caller" in name else 0)
+        ):
             return name
     return symbol.name
 
@@ -112,7 +149,9 @@ def _region(subject: Subject, address: int) -> str:
 def _lost_something(stream: Stream) -> str | None:
     for name in ALWAYS_KEPT:
         if stream.before[name] != stream.after[name]:
-            return f"{name} was {stream.before[name]:#x} and is {stream.after[name]:#x} at the expected function"
+            return (
+                f"{name} was {stream.before[name]:#x} and is {stream.after[name]:#x} at the expected function"
+            )
     if stream.stack_before != stream.stack_after:
         return "the caller's return address or stack was overwritten"
     if stream.vectors_before != stream.vectors_after:

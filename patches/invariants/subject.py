@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from emu.dyn_ftrace import records_of
 from emu.kallsyms import Kallsyms
-from emu.memory import Memory, MemoryFault
+from emu.memory import Memory, read_u64
 from emu.module import Text
 from emu.slab import Slab
 from emu.stream import Stream
 from emu.view import Layouts
+from patches.invariants.registered import FtraceState, read_ftrace
 
 __all__ = ["ExpectedFunc", "Subject"]
 
@@ -33,10 +33,11 @@ class ExpectedFunc:
 class Subject:
     """One state of one machine.
 
-    `texts` are the executable sections as their files and relocations give them, `sites` the fentry sites the files
-    name; `functions` the patched functions; `patches` the names of the enabled patches, oldest first.  `execute`
-    runs a stream on a machine in this state; without it (a dump, say) streams are not checked.  `remaining` are the
-    allocations, address and tag, that exist beyond those of the kernel, its modules and its enabled patches.
+    `texts` are the executable sections as their files and relocations give them, `sites` the fentry sites the
+    files name; `functions` the patched functions; `patches` the names of the enabled patches, oldest first.
+    `execute` runs a stream on a machine in this state; without it (a dump, say) streams are not checked.
+    `remaining` are the allocations, address and tag, that exist beyond those of the kernel, its modules and
+    its enabled patches.
     """
 
     memory: Memory
@@ -52,24 +53,10 @@ class Subject:
     remaining: Sequence[tuple[int, str]] = ()
 
     @cached_property
-    def records(self) -> dict[int, int]:
-        """The flags of every ftrace record by its ip."""
-        return records_of(self.memory, self.layouts, self.pointer("ftrace_pages_start"))
-
-    @cached_property
-    def registered(self) -> list[tuple[Any, frozenset[int]]]:
-        """The ops on ftrace_ops_list, newest first, each with the addresses in its filter; up to what is no ops."""
-        found: list[tuple[Any, frozenset[int]]] = []
-        at, end, seen = self.pointer("ftrace_ops_list"), self.symbols["ftrace_list_end"], set[int]()
-        while at and at != end and at not in seen:
-            seen.add(at)
-            ops = self.view("ftrace_ops", at)
-            try:
-                at = ops.next
-                found.append((ops, self._filter(ops)))
-            except MemoryFault:
-                break
-        return found
+    def ftrace(self) -> FtraceState:
+        """The records and the registered ops."""
+        end = self.symbols["ftrace_list_end"]
+        return read_ftrace(self.memory, self.layouts, self.kallsyms, self.pointer, end, len(self.sites))
 
     def sites_in(self, start: int, end: int) -> list[int]:
         """The files' sites in [start, end)."""
@@ -83,21 +70,24 @@ class Subject:
         site = self._sorted_sites[index] if index >= 0 else -5
         return site if site <= address < site + 5 else address
 
+    def place(self, address: int) -> str:
+        """What lies at an address: the symbol, or the heap object, with the offset in it."""
+        if self.kallsyms.at(address) is None:
+            index = bisect.bisect_right(self._objects, (address, 1 << 64, "")) - 1
+            if index >= 0:
+                start, size, tag = self._objects[index]
+                if address < start + size:
+                    return f"{tag}+{address - start:#x}/{size:#x}"
+        return self.kallsyms.describe(address)
+
+    @cached_property
+    def _objects(self) -> list[tuple[int, int, str]]:
+        live = self.slab.live if self.slab is not None else {}
+        return sorted((start, size, tag) for start, (size, tag) in live.items())
+
     @cached_property
     def _sorted_sites(self) -> list[int]:
         return sorted(self.sites)
-
-    def _filter(self, ops: Any) -> frozenset[int]:
-        """The addresses in the filter hash of an ops, found by walking every bucket."""
-        found = self.view("ftrace_hash", self.view("ftrace_ops_hash", ops.func_hash).filter_hash)
-        addresses: set[int] = set()
-        for index in range(1 << min(found.size_bits, 12)):
-            at = self.view("hlist_head", found.buckets + 8 * index).first
-            while at and len(addresses) <= found.count:
-                entry = self.view("ftrace_func_entry", at)
-                addresses.add(entry.ip)
-                at = entry.hlist.next
-        return frozenset(addresses)
 
     def view(self, name: str, address: int) -> Any:
         """A typed view that can only read."""
@@ -105,4 +95,4 @@ class Subject:
 
     def pointer(self, symbol: str) -> int:
         """The value of a global pointer."""
-        return int.from_bytes(self.memory.read(self.symbols[symbol], 8), "little")
+        return read_u64(self.memory, self.symbols[symbol])

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from emu.assembly import disassemble
 from emu.dyn_ftrace import FtraceFl, ftrace_rec_count
-from emu.memory import MemoryFault
-from patches.invariants.finding import Finding
+from emu.memory import PAGE_SIZE, MemoryFault, read_u64
+from emu.module import Text
+from patches.invariants.finding import Finding, value_finding
 from patches.invariants.subject import Subject
 
 __all__ = ["records_match_ops", "text_matches_records", "trampolines_are_copies"]
@@ -14,6 +16,7 @@ NOP5 = bytes.fromhex("0f1f440000")
 SAVE_REGS = 1 << 2
 ALLOC_TRAMP = 1 << 11
 IPMODIFY = 1 << 12
+DIRECT = 1 << 17
 
 
 def text_matches_records(subject: Subject) -> Iterator[Finding | None]:
@@ -27,72 +30,138 @@ def text_matches_records(subject: Subject) -> Iterator[Finding | None]:
         expected = bytearray(text.contents)
         for ip in subject.sites_in(text.address, end):
             target = called.get(ip)
-            expected[ip - text.address : ip - text.address + 5] = NOP5 if target is None else _call(ip, target)
+            expected[ip - text.address : ip - text.address + 5] = (
+                NOP5 if target is None else _call(ip, target)
+            )
         for ip, code in special.items():
             if text.address <= ip < end:
                 expected[ip - text.address : ip - text.address + 5] = code
-        yield from _compare(subject, text.address, bytes(expected), "text differs")
+        yield from _compare(subject, "text_matches_records", "text differs", text.address, bytes(expected))
 
 
 def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
     """The records are those of the files' sites, and their flags are what the registered ops add up to."""
-    records = subject.records
-    for ip in sorted(subject.sites ^ records.keys()):
-        what = "a site of the file has no record" if ip in subject.sites else "a record names no site of a file"
-        yield Finding("records_match_ops", what, ip, subject.kallsyms.describe(ip))
+    invariant, ftrace = "records_match_ops", subject.ftrace
+    for damage in (*ftrace.record_damage, *ftrace.hash_damage):
+        yield Finding(invariant, damage.what, damage.address, subject.place(damage.address))
+    for ip in sorted(subject.sites - ftrace.flags.keys()):
+        yield Finding(invariant, "a site of the file has no record", ip, subject.place(ip))
+    for ip in sorted(ftrace.flags.keys() - subject.sites):
+        at = ftrace.record_at[ip]
+        yield Finding(invariant, f"a record's ip is {ip:#x}, no site of a file", at, subject.place(at))
     wanted: dict[int, list[Any]] = {}
-    for ops, addresses in subject.registered:
-        for ip in addresses:
-            wanted.setdefault(ip, []).append(ops)
-    for ip, flags in records.items():
+    for each in ftrace.ops:
+        for ip in each.addresses:
+            wanted.setdefault(ip, []).append(each.ops)
+    for ip in sorted(wanted.keys() - ftrace.flags.keys() - subject.sites):
+        yield Finding(invariant, f"an ops wants {ip:#x}, which is no site", ip, subject.place(ip))
+    for ip, flags in ftrace.flags.items():
         expected = _flags(wanted.get(ip, []))
         if flags == expected:
             yield None
             continue
-        yield Finding(
-            "records_match_ops",
-            f"record flags are {flags:#x} (count {ftrace_rec_count(flags)}), the registered ops ask for {expected:#x}",
-            ip,
-            subject.kallsyms.describe(ip),
+        what = (
+            f"record flags are {flags:#x} (count {ftrace_rec_count(flags)}), "
+            f"the registered ops ask for {expected:#x} (count {ftrace_rec_count(expected)})"
         )
+        yield value_finding(invariant, what, ip, subject.place(ip), expected, flags)
 
 
 def trampolines_are_copies(subject: Subject) -> Iterator[Finding | None]:
     """Each private trampoline is the file's ftrace_caller with its own ops, its own handler, and a return."""
-    code = next(text for text in subject.texts if text.address <= subject.symbols["ftrace_caller"] < _end(text))
-    for ops, _ in subject.registered:
+    code = next(
+        text for text in subject.texts if text.address <= subject.symbols["ftrace_caller"] < _end(text)
+    )
+    for each in subject.ftrace.ops:
+        ops = each.ops
         if not ops.flags & ALLOC_TRAMP:
             continue
-        name = "ftrace_regs_caller" if ops.flags & SAVE_REGS else "ftrace_caller"
-        call_name = "ftrace_regs_call" if ops.flags & SAVE_REGS else "ftrace_call"
-        start, end = subject.symbols[name], subject.symbols[f"{name}_end"]
-        load = subject.symbols[f"{name}_op_ptr"] - start
-        call = subject.symbols[call_name] - start
-        expected = bytearray(code.contents[start - code.address : end - code.address])
-        size = len(expected)
-        if ops.flags & SAVE_REGS:
-            jump = subject.symbols["ftrace_regs_caller_jmp"] - start
-            expected[jump : jump + 2] = b"\x66\x90"
-        expected += b"\xc3\xcc\0\0\0" + ops.address_.to_bytes(8, "little")
-        expected[load + 3 : load + 7] = (size + 5 - load - 7).to_bytes(4, "little")
-        expected[call : call + 5] = _call(ops.trampoline + call, ops.func)
-        yield from _compare(subject, ops.trampoline, bytes(expected), "trampoline differs")
+        address, func, regs = ops.trampoline, ops.func, bool(ops.flags & SAVE_REGS)
+        size = _size_of_copy(subject, regs)
+        if ops.trampoline_size != size:
+            what = f"trampoline_size is {ops.trampoline_size:#x}, a copy takes {size:#x} bytes"
+            at = ops.member_("trampoline_size")
+            yield value_finding(
+                "trampolines_are_copies", what, at, subject.place(at), size, ops.trampoline_size
+            )
+        expected = _copy(subject, code, regs, address, func)
+        pointer = address + len(expected)
+        yield from _compare(subject, "trampolines_are_copies", "trampoline differs", address, expected)
+        yield _check_pointer(subject, pointer, ops.address_)
+        rest = bytes(-(pointer + 8) % PAGE_SIZE)
+        yield from _compare(
+            subject, "trampolines_are_copies", "the page behind a trampoline differs", pointer + 8, rest
+        )
 
 
-def _called(subject: Subject) -> dict[int, int | None]:
-    """What each enabled site calls; None where the record says a trampoline and no ops has one for it."""
+def _size_of_copy(subject: Subject, regs: bool) -> int:
+    name = "ftrace_regs_caller" if regs else "ftrace_caller"
+    return subject.symbols[f"{name}_end"] - subject.symbols[name] + 5 + 8
+
+
+def _check_pointer(subject: Subject, at: int, ops: int) -> Finding | None:
+    try:
+        found = read_u64(subject.memory, at)
+    except MemoryFault:
+        return None  # the code before it is not mapped either, and that is reported
+    if found == ops:
+        return None
+    what = f"the trampoline of the ops at {ops:#x} passes the ops at {found:#x}"
+    return value_finding("trampolines_are_copies", what, at, subject.place(at), ops, found)
+
+
+def _copy(subject: Subject, code: Text, regs: bool, address: int, func: int) -> bytes:
+    """The code of a trampoline and its return of five bytes (create_trampoline()); the ops pointer is behind
+    it.
+    """
+    name, call_name = ("ftrace_regs_caller", "ftrace_regs_call") if regs else ("ftrace_caller", "ftrace_call")
+    start, end = subject.symbols[name], subject.symbols[f"{name}_end"]
+    load = subject.symbols[f"{name}_op_ptr"] - start
+    call = subject.symbols[call_name] - start
+    expected = bytearray(code.contents[start - code.address : end - code.address])
+    size = len(expected)
+    if regs:
+        jump = subject.symbols["ftrace_regs_caller_jmp"] - start
+        expected[jump : jump + 2] = b"\x66\x90"
+    expected += b"\xc3\xcc\0\0\0"
+    expected[load + 3 : load + 7] = (size + 5 - load - 7).to_bytes(4, "little")
+    expected[call : call + 5] = _call(address + call, func)
+    return bytes(expected)
+
+
+def _called(subject: Subject) -> dict[int, int]:
+    """What each site that is no NOP calls, as its record says, or without a record as the ops want it."""
+    ftrace = subject.ftrace
     trampolines: dict[int, int] = {}
-    for ops, addresses in subject.registered:
-        if ops.trampoline:
-            for ip in addresses:
-                trampolines.setdefault(ip, ops.trampoline)
-    called: dict[int, int | None] = {}
-    for ip, flags in subject.records.items():
-        if flags & FtraceFl.TRAMP_EN:
-            called[ip] = trampolines.get(ip)
-        elif flags & FtraceFl.ENABLED:
-            called[ip] = subject.symbols["ftrace_regs_caller" if flags & FtraceFl.REGS_EN else "ftrace_caller"]
+    flags = dict(ftrace.flags)
+    for each in ftrace.ops:
+        for ip in each.addresses:
+            if each.ops.trampoline:
+                trampolines.setdefault(ip, each.ops.trampoline)
+            if ip not in ftrace.flags:
+                flags[ip] = _flags([other.ops for other in ftrace.ops if ip in other.addresses])
+    called: dict[int, int] = {}
+    for ip, flag in flags.items():
+        if flag & FtraceFl.TRAMP_EN:
+            target = trampolines.get(ip) or _trampoline_called(subject, ip)
+            if target is not None:
+                called[ip] = target
+        elif flag & FtraceFl.ENABLED:
+            called[ip] = subject.symbols["ftrace_regs_caller" if flag & FtraceFl.REGS_EN else "ftrace_caller"]
     return called
+
+
+def _trampoline_called(subject: Subject, ip: int) -> int | None:
+    """The start of the trampoline that the site's bytes call.
+
+    The record says "a trampoline" and no ops of the list has one for this site, so which one cannot be known;
+    that is a finding of records_match_ops, and here only a call of anything else is one more.
+    """
+    code = subject.memory.read(ip, 5)
+    target = ip + 5 + int.from_bytes(code[1:], "little", signed=True)
+    symbol = subject.kallsyms.at(target)
+    inside = symbol is not None and symbol.name == "ftrace_trampoline" and symbol.address == target
+    return target if code[0] == 0xE8 and inside else None
 
 
 def _flags(ops: list[Any]) -> int:
@@ -105,6 +174,8 @@ def _flags(ops: list[Any]) -> int:
         flags |= FtraceFl.REGS | FtraceFl.REGS_EN
     if any(each.flags & IPMODIFY for each in ops):
         flags |= FtraceFl.IPMODIFY
+    if any(each.flags & DIRECT for each in ops):
+        flags |= FtraceFl.DIRECT | (FtraceFl.DIRECT_EN if len(ops) == 1 else 0)
     return int(flags)
 
 
@@ -113,12 +184,14 @@ def _call(address: int, target: int) -> bytes:
     return b"\xe8" + ((target - address - 5) & 0xFFFF_FFFF).to_bytes(4, "little")
 
 
-def _compare(subject: Subject, address: int, expected: bytes, what: str) -> Iterator[Finding | None]:
-    """One finding for each run of bytes that differ, widened to the instruction at a site if there is one."""
+def _compare(
+    subject: Subject, invariant: str, what: str, address: int, expected: bytes
+) -> Iterator[Finding | None]:
+    """One finding for each run of instructions that differ."""
     try:
         found = subject.memory.read(address, len(expected))
     except MemoryFault:
-        yield Finding("text_matches_records", "text is not mapped", address, subject.kallsyms.describe(address))
+        yield Finding(invariant, f"{what}: it is not mapped", address, subject.place(address), is_code=True)
         return
     yield None
     if found == expected:
@@ -128,20 +201,31 @@ def _compare(subject: Subject, address: int, expected: bytes, what: str) -> Iter
         if expected[at] == found[at]:
             at += 1
             continue
-        start = subject.site_at(address + at) - address
-        end = max(at + 1, start + 5 if start != at else at + 1)
+        start, end = _instruction(subject, address, expected, at)
         while end < len(expected) and expected[end] != found[end]:
-            end += 1
+            end = max(_instruction(subject, address, expected, end)[1], end + 1)
         yield Finding(
-            "text_matches_records" if what == "text differs" else "trampolines_are_copies",
+            invariant,
             what,
             address + start,
-            subject.kallsyms.describe(address + start),
+            subject.place(address + start),
             expected[start:end],
             found[start:end],
+            is_code=True,
         )
         at = end
 
 
-def _end(text: Any) -> int:
-    return int(text.address) + len(text.contents)
+def _instruction(subject: Subject, address: int, expected: bytes, at: int) -> tuple[int, int]:
+    """Start and end of the expected instruction that holds byte `at`, decoded from its symbol on."""
+    symbol = subject.kallsyms.at(address + at)
+    begin = max(symbol.address - address, 0) if symbol is not None else at
+    for each in disassemble(expected[begin : at + 16], address + begin):
+        start = each.address - address
+        if start + len(each.code) > at:
+            return start, start + len(each.code)
+    return at, at + 1
+
+
+def _end(text: Text) -> int:
+    return text.address + len(text.contents)

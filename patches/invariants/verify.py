@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from elf.errors import KlpemuError
 from emu.memory import MemoryFault
 from patches.invariants.finding import Finding, Report
 from patches.invariants.lists import func_stacks_hold_the_patches, lists_are_well_formed, patches_are_listed
@@ -42,7 +43,10 @@ def verify(subject: Subject, step: str = "") -> Report:
                 checks[name] += 1
                 if result is not None:
                     findings.append(replace(result, step=step))
-        except MemoryFault as fault:
+        except KlpemuError as error:
             checks[name] += 1
-            findings.append(Finding(name, f"cannot be checked, {fault.what}", fault.address, step=step))
+            address = error.address if isinstance(error, MemoryFault) else 0
+            findings.append(
+                Finding(name, f"cannot be checked, {error.what}", address, error.where, step=step)
+            )
     return Report(step, checks, tuple(findings))

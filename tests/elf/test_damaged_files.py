@@ -35,7 +35,7 @@ def everything(data: bytes) -> None:
         image = Image.parse(data)
     except KlpemuError:
         return
-    for part in (names_and_sites, tables, relocated, struct_layouts):
+    for part in (names_and_sites, tables, relocated, layouts):
         with suppress(KlpemuError):
             part(image)
 
@@ -65,6 +65,11 @@ def relocated(image: Image) -> None:
             apply_relocations(
                 image, rela_section, target=target, target_address=0xFFFF_FFFF_8200_0000, symbol_values=values
             )
+
+
+def layouts(image: Image) -> None:
+    for layout in struct_layouts(image).values():
+        assert all(0 <= member.offset <= layout.size for member in layout.members.values())
 
 
 @pytest.fixture(scope="module")

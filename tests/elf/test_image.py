@@ -164,6 +164,13 @@ def test_a_section_that_contradicts_the_file_is_refused_by_name(message: str) ->
         Image.parse(elf_file(SECTION_FAULTS[message]))
 
 
+def test_a_section_may_end_where_the_file_ends_but_not_later() -> None:
+    size = len(elf_file(Section("x")))
+    assert Image.parse(elf_file(Section("x", size=size - 64, offset=64))).sections[1].size == size - 64
+    with pytest.raises(ElfError, match="the file ends at"):
+        Image.parse(elf_file(Section("x", size=size - 63, offset=64)))
+
+
 def test_a_name_without_an_end_is_refused() -> None:
     """gABI "String Table": every string, the last one too, ends with a NUL."""
     names_end = SMALL.index(b".shstrtab\0") + 9

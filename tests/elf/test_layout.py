@@ -22,7 +22,7 @@ struct everything {
     struct list_head list, *list_pointer; void (*function)(int); void *any; const struct incomplete *opaque;
     union either either, *either_pointer; enum sign sign; enum plain plain; quantity quantity;
     my_atomic_t atomic; atomic_t *atomic_pointer;
-    struct { int inner; union { long a; struct { char b0, b1; }; }; };
+    struct { int inner; unsigned nested:3; union { long a; struct { char b0, b1; }; }; };
     struct { int z; struct { int k; } deep; } named;
     int grid[3][4]; struct list_head lists[2]; struct { int m; } row[5];
     double real; unsigned long long big; __int128 huge; int none[0]; const char *text;
@@ -34,15 +34,17 @@ int function(void) { struct everything { int other; } local = {1}; return local.
 """
 INT, ULONG, CHAR = Integer(4, True), Integer(8, False), Integer(1, True)
 EXPECTED = {
-    "c": CHAR, "flag": Integer(1, False, is_bool=True), "s": Integer(2, True), "l": Integer(8, True),
-    "list": StructRef("list_head"), "list_pointer": Pointer("list_head"), "function": Pointer(None),
-    "any": Pointer(None), "opaque": Pointer("incomplete"), "either": StructRef("union either"),
-    "either_pointer": Pointer("union either"), "sign": INT, "plain": Integer(4, False), "quantity": ULONG,
-    "atomic": StructRef("atomic_t"), "atomic_pointer": Pointer("atomic_t"), "inner": INT,
-    "a": Integer(8, True), "b0": CHAR, "b1": CHAR, "named": StructRef("everything.named"),
-    "grid": Array(Array(INT, 4), 3), "lists": Array(StructRef("list_head"), 2), "row": Array(StructRef("everything.row"), 5),
-    "real": Array(Integer(1, False), 8), "big": ULONG, "huge": Integer(16, True), "none": Array(INT, 0),
-    "text": Pointer(None), "twice": Pointer(None), "tail": INT, "flexible": Array(CHAR, 0),
+    "c": CHAR, "flag": Integer(1, False, is_bool=True), "s": Integer(2, True),
+    "l": Integer(8, True), "list": StructRef("list_head"), "list_pointer": Pointer("list_head"),
+    "function": Pointer(None), "any": Pointer(None), "opaque": Pointer("incomplete"),
+    "either": StructRef("union either"), "either_pointer": Pointer("union either"), "sign": INT,
+    "plain": Integer(4, False), "quantity": ULONG, "atomic": StructRef("atomic_t"),
+    "atomic_pointer": Pointer("atomic_t"), "inner": INT, "a": Integer(8, True), "b0": CHAR,
+    "b1": CHAR, "named": StructRef("everything.named"), "grid": Array(Array(INT, 4), 3),
+    "lists": Array(StructRef("list_head"), 2), "row": Array(StructRef("everything.row"), 5),
+    "real": Array(Integer(1, False), 8), "big": ULONG, "huge": Integer(16, True),
+    "none": Array(INT, 0), "text": Pointer(None), "twice": Pointer(None), "tail": INT,
+    "flexible": Array(CHAR, 0),
 }  # fmt: skip
 DWARF = pytest.mark.parametrize("flags", ["-gdwarf-4", "-gdwarf-5", "-gdwarf-5 -gz=zlib", "-gdwarf-4 -O2"])
 
@@ -55,6 +57,7 @@ def test_every_kind_of_member_has_its_type(tmp_path: Path, flags: str) -> None:
     assert members["low"] == Member("low", 4, Integer(4, False), 0, 3)
     assert members["middle"] == Member("middle", 4, Integer(4, False), 3, 7)
     assert members["high"] == Member("high", 4, INT, 10, 5)
+    assert members["nested"] == Member("nested", members["inner"].offset + 4, Integer(4, False), 0, 3)
     assert members["b1"].offset == members["a"].offset + 1
     assert layouts["everything.named.deep"].members["k"] == Member("k", 0, INT)
     assert layouts["union either"].size == 8
@@ -101,12 +104,21 @@ def test_offsets_and_sizes_are_those_of_gdb(tmp_path: Path) -> None:
     assert against_gdb(compiled(tmp_path, SOURCE), tmp_path / "copy.o") > 40
 
 
+def test_a_struct_defined_inside_another_takes_no_members_from_it(tmp_path: Path) -> None:
+    """DWARF 5, 2.3: a null entry ends the children; only C++ nests them as the source does."""
+    (tmp_path / "s.cc").write_text("struct outer { int a; struct inner { int b; } i; int c; } x;")
+    run("g++", "-g", "-c", tmp_path / "s.cc", "-o", tmp_path / "s.o")
+    layouts = struct_layouts(Image.open(tmp_path / "s.o"))
+    assert list(layouts["outer"].members) == ["a", "i", "c"]
+    assert list(layouts["inner"].members) == ["b"]
+
+
 def test_bit_fields_are_where_gdb_sees_them(tmp_path: Path) -> None:
     path = compiled(tmp_path, SOURCE)
     (listing,) = gdb(path, "ptype /o struct everything")
     seen = re.findall(r"/\*\s+(\d+): (\d+)\s+\|.*?\*/.*? (\w+) : (\d+);", listing)
     members = struct_layouts(Image.open(path))["everything"].members
-    assert len(seen) == 3
+    assert len(seen) == 4
     for byte, bit, name, width in seen:
         assert 8 * members[name].offset + members[name].bit_offset == 8 * int(byte) + int(bit)
         assert members[name].bit_size == int(width)

@@ -72,6 +72,14 @@ def test_a_symbol_in_a_section_that_does_not_exist_is_refused(data: bytes, messa
         _ = Image.parse(data).symbols
 
 
+def test_a_table_of_section_indices_has_one_for_each_symbol() -> None:
+    data = bytearray(many_sections(2))
+    header = struct.unpack_from("<Q", data, 40)[0] + 3 * 64
+    struct.pack_into("<Q", data, header + 32, 4)
+    with pytest.raises(ElfError, match=r"1 indices do not match '\.symtab'"):
+        Image.parse(bytes(data))
+
+
 def test_a_symbol_name_outside_the_string_table_is_refused() -> None:
     data = bytearray(module(b"", b"", (("f", GLOBAL_FUNC, 1, 0, 0),)))
     struct.pack_into("<I", data, Image.parse(bytes(data)).sections[3].offset + 24, 0x1000)

@@ -1,0 +1,1 @@
+"""What klpemu costs: each file measures one thing, `python -m bench` runs them all and prints ratios."""

@@ -1,0 +1,47 @@
+"""What an unwind table says about a range of code: where the caller's frame is, and where its rbp was kept.
+
+Both table formats end up in this one form: the kernel's ORC (`elf.orc`) and DWARF call frame information
+(`elf.eh_frame`).  Offsets are in bytes.
+"""
+
+import enum
+from dataclasses import dataclass
+
+__all__ = ["FrameBase", "FrameKind", "UnwindRow"]
+
+
+class FrameBase(enum.Enum):
+    """What the caller's stack pointer is counted from."""
+
+    SP = "rsp"
+    BP = "rbp"
+    DX = "rdx"
+    DI = "rdi"
+    R10 = "r10"
+    R13 = "r13"
+    SP_INDIRECT = "[rsp]"
+    BP_INDIRECT = "[rbp]"
+    UNDEFINED = "undefined"
+
+
+class FrameKind(enum.Enum):
+    """What is found at the caller's stack pointer."""
+
+    CALL = "call"  # the return address lies right below it
+    REGS = "regs"  # a whole struct pt_regs lies at it
+    REGS_PARTIAL = "regs partial"  # only its last five words, as the CPU pushes them
+    END = "end"  # there is no caller
+
+
+@dataclass(frozen=True, slots=True)
+class UnwindRow:
+    """How to leave one frame: caller's rsp = base + offset; its rbp is at caller's rsp + `bp_offset`, if kept there.
+
+    `bp_from_bp` says that the rbp is kept at rbp + `bp_offset` instead.
+    """
+
+    base: FrameBase
+    offset: int
+    bp_offset: int | None = None
+    bp_from_bp: bool = False
+    kind: FrameKind = FrameKind.CALL

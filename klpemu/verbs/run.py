@@ -1,0 +1,74 @@
+"""`klpemu run`: perform scenarios, verifying after each step."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from klpemu.output import Output
+from klpemu.report import print_step, print_verdict, step_object, verdict_object
+from klpemu.scenario import Scenario
+from klpemu.scenario_file import read_scenario
+from klpemu.step_runner import StepResult, StepRunner
+from klpemu.verbs.options import FINDINGS, FileArgument, att_option, output_options
+
+__all__ = ["run"]
+
+
+@click.command()
+@click.argument("scenarios", nargs=-1, required=True, type=FileArgument(), metavar="SCENARIO.toml...")
+@att_option
+@output_options
+def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> None:
+    """Perform the steps of a scenario, and check every invariant after each.
+
+    A scenario says which kernel, modules and patches there are, what is done with them in which order, and what is
+    expected; docs/cli.md describes its form.  builtin:demo.toml is one.
+
+    Exit status: 0 all checks hold, 1 there are findings, 2 a scenario cannot be read, or a step fails that is not
+    expected to.
+    """
+    output = Output("run", as_json=as_json, color=color)
+    # All are read before the first is performed: a mistake in the last one costs no time.
+    read = [read_scenario(each) for each in scenarios]
+    done = [_perform(each, output, att=att) for each in read]
+    reports = [result.report for results in done for result in results]
+    print_verdict(output, reports)
+    output.finish(
+        {
+            **verdict_object(reports),
+            "scenarios": [
+                {
+                    "file": scenario.path,
+                    "title": scenario.title or None,
+                    "steps": [step_object(each) for each in results],
+                    "left_out": len(scenario.steps) + 1 - len(results),
+                }
+                for scenario, results in zip(read, done, strict=True)
+            ],
+        }
+    )
+    sys.exit(0 if all(each.holds for each in reports) else FINDINGS)
+
+
+def _perform(scenario: Scenario, output: Output, *, att: bool) -> list[StepResult]:
+    runner = StepRunner(scenario, att=att)
+    if scenario.title:
+        output.line((scenario.title, "bold"))
+    results = [runner.boot()]
+    print_step(output, results[0])
+    for step in scenario.steps:
+        result = runner.perform(step)
+        results.append(result)
+        if step.stage:
+            output.heading(step.stage)
+        if step.note:
+            output.line(step.note)
+        print_step(output, result)
+        if result.fault is not None:
+            output.fault(result.fault)
+            break
+    left = len(scenario.steps) + 1 - len(results)
+    if left:
+        output.line((f"{left} steps left out", "yellow"))
+    return results

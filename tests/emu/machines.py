@@ -1,0 +1,119 @@
+"""Machines to test on: the fixture kernel with a few guest functions that only tests need, and ops to register."""
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from elf.image import Image
+from emu.assembly import Code
+from emu.ftrace import FtraceOpsFl
+from emu.machine import Machine
+from emu.task import Task
+from emu.view import Layouts
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "build"
+# What a real kernel did; where it comes from is said inside.
+RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("recorded.json").read_text())
+
+# What a C function may destroy, and record_order's and clobber's own arguments: ip, parent_ip, op, fregs.
+CALLER_SAVED = ("rax", "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11")
+DESTROYED = 0x0BAD_0BAD_0BAD_0BAD
+
+
+@cache
+def image(name: str) -> Image:
+    """A fixture object, parsed once."""
+    return Image.open(FIXTURES / name)
+
+
+def append_test_code(code: Code, layouts: Layouts, per_cpu: dict[str, int], fixups: dict[int, str]) -> None:
+    """Handlers that say in which order they ran or destroy all they may, and a function that calls an export."""
+    private = layouts.offsetof("ftrace_ops", "private")
+    code.align(16).label("record_order").asm(
+        f"mov rax, [rdx + {private}]\n mov r8, [rax]\n inc qword ptr [rax]\n mov [rax + r8*8 + 8], rdx\n ret"
+    )
+    code.align(16).label("clobber").asm(
+        "\n".join(f"movabs {name}, {DESTROYED:#x}" for name in CALLER_SAVED) + "\n xor eax, eax\n stc\n ret"
+    )
+    code.align(16).label("call_export").asm("sub rsp, 8").raw("e8 00000000")
+    fixups[len(code.bytes) - 4] = "test_export"
+    code.asm("add rsp, 8\n inc rax\n ret")
+    code.align(16).label("loop_export").label("loop_export_again").asm("sub rsp, 8").raw("e8 00000000")
+    fixups[len(code.bytes) - 4] = "test_export"
+    code.asm("add rsp, 8").jump("jmp", code.labels["loop_export_again"])
+    code.align(16).label("own_int3").raw("cc 48c7c02a000000 c3")  # int3; mov rax, 42; ret
+    code.align(16).label("own_ud2").raw("0f0b c3")
+    code.align(16).label("fill_flags").asm("pushfq\n pop rax\n ret")
+
+
+def boot(*, cpus: int = 1) -> Machine:
+    """A fresh machine with the fixture kernel."""
+    return Machine(image("kernel.o"), entry_code=(append_test_code,), stubs=("test_export",), cpus=cpus)
+
+
+def new_ops(
+    machine: Machine, sites: Iterable[str] = (), *, func: str = "trace_count", flags: int = 0, private: int = 0
+) -> Any:
+    """A view of a `struct ftrace_ops` in guest memory; without `private` it gets a counter of its own."""
+    ops = machine.view("ftrace_ops", machine.slab.kzalloc(machine.layouts.sizeof("ftrace_ops"), "ftrace_ops"))
+    ops.func = machine.symbol(func)
+    ops.flags = flags
+    ops.private = private or machine.slab.kzalloc(8, "counter")
+    for name in sites:
+        machine.ftrace.ftrace_set_filter_ip(ops, machine.symbol(name), remove=False)
+    return ops
+
+
+def registered(
+    machine: Machine, sites: Iterable[str], *, func: str = "trace_count", flags: int = 0, private: int = 0
+) -> Any:
+    """A registered ops."""
+    ops = new_ops(machine, sites, func=func, flags=flags, private=private)
+    machine.ftrace.register_ftrace_function(ops)
+    return ops
+
+
+def count_of(machine: Machine, ops: Any) -> int:
+    """How often `trace_count` ran for an ops."""
+    return int.from_bytes(machine.space.read(ops.private, 8), "little")
+
+
+def site_of(machine: Machine, name: str) -> bytes:
+    """The five bytes of a function's site."""
+    return machine.space.read(machine.ftrace.ftrace_location(machine.symbol(name)), 5)
+
+
+def call_at(address: int, target: int) -> bytes:
+    """`call rel32`, worked out here and not by the code under test."""
+    return b"\xe8" + ((target - address - 5) & 0xFFFF_FFFF).to_bytes(4, "little")
+
+
+def record_of(machine: Machine, name: str) -> Any:
+    """The `struct dyn_ftrace` of a function's site."""
+    address = machine.symbol(name)
+    record = machine.ftrace.records.lookup_rec(address, address)
+    assert record is not None
+    return record
+
+
+class Steps:
+    """A schedule that is a list: entry by entry the number of the task and its instructions; then the first."""
+
+    interleaves = True
+
+    def __init__(self, steps: Sequence[tuple[int, int | None]]) -> None:
+        self.left = list(steps)
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        while self.left:
+            number, instructions = self.left.pop(0)
+            for task in tasks:
+                if task.cpu.number == number:
+                    return task, instructions
+        return (finishing if finishing in tasks else tasks[0]), None
+
+
+REGS = int(FtraceOpsFl.SAVE_REGS)
+IPMODIFY = int(FtraceOpsFl.IPMODIFY)
