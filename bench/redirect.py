@@ -67,7 +67,7 @@ def _measure(kernel: Kernel, count: int) -> Rounds:
     hooked, hook_cpu = _hooked(machine, targets)
     sides = {
         "redirected": (machine.cpus[0], functions, CALLS),
-        "plain": (machine.cpus[0], plain.functions, CALLS),
+        "plain": (_new_cpu(machine), plain.functions, CALLS),  # so that each fills its own translation buffer
         "hook": (hook_cpu, hooked, HOOK_CALLS),
     }
     bodies = {}
@@ -82,6 +82,10 @@ def _measure(kernel: Kernel, count: int) -> Rounds:
 
 def _per_call(machine: Machine, cpu: VCpu, entry: int, calls: int) -> float:
     return seconds_of(machine, cpu, entry) / calls
+
+
+def _new_cpu(machine: Machine) -> VCpu:
+    return VCpu(machine.space, 0, machine.cpus[0].gs_base)
 
 
 def _hooked(machine: Machine, targets: Sequence[int]) -> tuple[list[int], VCpu]:
@@ -100,7 +104,7 @@ def _hooked(machine: Machine, targets: Sequence[int]) -> tuple[list[int], VCpu]:
         func_stack = func_stacks[uc.reg_read(x86.UC_X86_REG_RDI)]
         write(uc.reg_read(x86.UC_X86_REG_RCX) + ip, func_stack[-1].to_bytes(8, "little"))
 
-    cpu = VCpu(machine.space, 0, machine.cpus[0].gs_base)
+    cpu = _new_cpu(machine)
     cpu._uc.hook_add(unicorn.UC_HOOK_CODE, handler, begin=stub, end=stub)
     return entries, cpu
 

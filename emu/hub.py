@@ -67,6 +67,10 @@ class Traps(Protocol):
         """`rip` is behind the `hlt` that a call from outside returns to."""
         ...
 
+    def trapped(self, task: Task, address: int) -> None:
+        """The task's vCPU has executed the int3 at `address`, and is in the exception now."""
+        ...
+
     def breakpoint(self, task: Task, address: int) -> bool:
         """Ask the list of breakpoint handlers about the int3 at `address`; False if nobody claims it."""
         ...
@@ -172,9 +176,9 @@ class Hub:
             self._greenlet.switch(Door(kind, address))
 
     def wait(self, holds: Callable[[], bool], what: str) -> None:
-        """Wait until a predicate holds."""
+        """Wait until a predicate holds; outside of services this does nothing."""
         service = self._running
-        if service is None:
+        if service is None or (not self.schedule.interleaves and holds()):
             return
         service.waiting, service.waiting_for = holds, what
         self._greenlet.switch(Door("wait"))
@@ -243,6 +247,7 @@ class Hub:
                 return
         elif stop.kind is StopKind.BREAKPOINT:
             call.breakpoint = stop.rip - 1
+            self._traps.trapped(task, call.breakpoint)
             call.budget += share - EXIT_COST
             return
         elif stop.kind is StopKind.UNDEFINED and self._traps.undefined(task, stop.rip):

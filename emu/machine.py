@@ -185,12 +185,16 @@ class Machine:
         """Wait until every vCPU has passed an interruptible boundary or has scheduled, and record it.
 
         While a vCPU is in the middle of guest code it is at an instruction boundary whenever a service runs,
-        and its view of memory is never stale, so text_poke_sync holds at once.  A grace period must wait for
-        what the others are doing to end, or to sleep.
+        and its view of memory is never stale; but one that has executed an `int3` takes no interrupt until that
+        is dealt with, so text_poke_sync waits for it.  A grace period waits for what the others are doing to
+        end, or to sleep.
         """
-        if what not in ("text_poke_sync", "ftrace_sync_ipi"):
-            me = self.hub.current if self.hub.in_service else None
-            self.hub.wait(lambda: all(task is me or task.has_scheduled for task in self.tasks), what)
+        me = self.hub.current if self.hub.in_service else None
+        others = [task for task in self.tasks if task is not me]
+        if what in ("text_poke_sync", "ftrace_sync_ipi"):
+            self.hub.wait(lambda: all(task.interruptible for task in others), what)
+        else:
+            self.hub.wait(lambda: all(task.has_scheduled for task in others), what)
         self.events.record(EventKind.SYNC, note=what)
 
     # Memory of the image and of modules.

@@ -90,6 +90,12 @@ class Task:
         return top is None or (isinstance(top, Service) and top.waiting is not None)
 
     @property
+    def interruptible(self) -> bool:
+        """The vCPU would take an interrupt now: it is not in the exception of an int3 it has executed."""
+        top = self.top
+        return not isinstance(top, GuestCall) or top.breakpoint is None
+
+    @property
     def runnable(self) -> bool:
         """There is something to run, and it does not wait for a predicate that does not hold."""
         top = self.top

@@ -64,6 +64,9 @@ class GuestTraps:
     def is_return(self, rip: int) -> bool:
         return bool(self._machine.vmlinux.exits.get(rip) == "klpemu_return")
 
+    def trapped(self, task: Task, address: int) -> None:
+        self._machine.events.record(EventKind.TRAP, address, note=task.name)
+
     def breakpoint(self, task: Task, address: int) -> bool:
         registers = task.cpu.registers()
 
@@ -71,7 +74,6 @@ class GuestTraps:
             registers["rsp"] -= 8
             self._machine.space.write(registers["rsp"], value.to_bytes(8, "little"))
 
-        self._machine.events.record(EventKind.TRAP, address, note=task.name)
         for handler in self.breakpoint_handlers:
             if handler(registers, push):
                 task.cpu.set_registers(registers)

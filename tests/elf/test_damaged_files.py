@@ -123,7 +123,7 @@ def damages(draw: st.DrawFn, originals: list[bytes]) -> bytes:
 
 
 @settings(
-    max_examples=2500,
+    max_examples=2000,
     deadline=timedelta(seconds=3),
     suppress_health_check=list(HealthCheck),
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
