@@ -1,4 +1,4 @@
-"""`python -m bench [NAME]...`: run the benchmarks, print a table, or with --json the numbers; status 1 for a missed goal."""
+"""`python -m bench [NAME]...`: run the benchmarks, print a table or JSON; status 1 for a missed goal."""
 
 import argparse
 import json
@@ -22,7 +22,9 @@ NEED_STOCK_KERNEL = ("sites", "load")
 def main() -> int:
     """Run what was asked for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="The benchmarks of klpemu.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}; all by default")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHES)}; all by default"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - BENCHES.keys()

@@ -1,4 +1,4 @@
-"""Guest code of the benchmarks' own: where it goes, a driver that calls functions in turn, and one timed guest run."""
+"""Guest code of the benchmarks' own: a place for it, a driver that calls functions in turn, a timed run."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Many patched functions: the fixture with ten thousand of them, as a module, and a livepatch for the first n."""
+"""Many patched functions: the fixture with ten thousand of them, and a livepatch for the first n."""
 
 from klpemu.fixtures import fixture
 from klpemu.kernel import Kernel
@@ -12,7 +12,9 @@ MODULE = "many"
 def kernel_with_many() -> Kernel:
     """A kernel that has the module `many` loaded."""
     kernel = Kernel.load()
-    kernel.machine.recorder.enabled = False  # it copies memory at each entry into the guest, for fault reports
+    kernel.machine.recorder.enabled = (
+        False  # it copies memory at each entry into the guest, for fault reports
+    )
     kernel.load_module(fixture("many.o"))
     return kernel
 

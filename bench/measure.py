@@ -1,7 +1,7 @@
 """How everything here is measured: sides taken in turn within one run, medians, and ratios of neighbours.
 
-A machine that is busy with something else slows all sides of a comparison alike, if they run one right after the
-other.  So a ratio is the median of the ratios of single rounds, never a quotient of two runs.
+A machine that is busy with something else slows all sides of a comparison alike, if they run one right after
+the other.  So a ratio is the median of the ratios of single rounds, never a quotient of two runs.
 """
 
 import gc
@@ -49,13 +49,13 @@ class Rounds:
 
 
 def timed(body: Callable[[], Any]) -> float:
-    """Seconds that `body` takes, the garbage collector kept out."""
+    """CPU seconds that `body` takes, the garbage collector kept out."""
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = time.process_time()
         body()
-        return time.perf_counter() - start
+        return time.process_time() - start
     finally:
         gc.enable()
 

@@ -1,19 +1,19 @@
 """The executed stream of a redirected call, laid out again as plain code: what a redirect is compared with.
 
-A redirected call executes the function's site (a call of the trampoline), the trampoline, the handler, and, by the
-address that the handler has put in place of the return address, the new function.  As plain code the same
-instructions stand like this:
+A redirected call executes the function's site (a call of the trampoline), the trampoline, the handler, and,
+by the address that the handler has put in place of the return address, the new function.  As plain code the
+same instructions stand like this:
 
     P:  call Q              the site
         the new function    its ret goes back to the caller
     Q:  the trampoline, with a call of H in it; its ret goes back behind the site's call
     H:  the handler, there once, as it is there once in the redirect
 
-Every instruction keeps its kind and its number of bytes, so the same number of the same instructions executes, and
-calls and returns stay calls and returns.  What differs is what "redirected" means: every return goes back to where
-the call was, every jump goes to the next instruction, and all code stands side by side.  Loads and stores are
-executed too: the trampoline gets an ops pointer of its own, to a copy of the klp_ops and the klp_func with `P + 5` as
-new function, so that it writes its own return address.
+Every instruction keeps its kind and its number of bytes, so the same number of the same instructions
+executes, and calls and returns stay calls and returns.  What differs is what "redirected" means: every return
+goes back to where the call was, every jump goes to the next instruction, and all code stands side by side.
+Loads and stores are executed too: the trampoline gets an ops pointer of its own, to a copy of the klp_ops and
+the klp_func with `P + 5` as new function, so that it writes its own return address.
 """
 
 from collections.abc import Iterator, Sequence
@@ -59,7 +59,7 @@ class PlainCode:
         return start
 
     def _split(self, executed: Sequence[Executed]) -> tuple[list[bytes], list[bytes], list[bytes]]:
-        """The instructions by the function they become: the body (site and new function), trampoline, handler."""
+        """The instructions by what they become: the body (site and new function), trampoline, handler."""
         levels: list[list[bytes]] = [[], [], []]
         depth = 0
         for _, code in executed:
@@ -73,7 +73,7 @@ class PlainCode:
         return levels[0], levels[1], levels[2]
 
     def _copy_of(self, ops: int, new_func: int) -> int:
-        """A copy of a klp_ops and its top klp_func, which leads to `new_func`; the address of its ftrace_ops."""
+        """A copy of a klp_ops and its top klp_func that leads to `new_func`; its ftrace_ops' address."""
         machine, layouts = self.machine, self.machine.layouts
         node = layouts.offsetof("klp_func", "stack_node")
         original = layouts.view("klp_ops", machine.space, ops)
@@ -116,7 +116,7 @@ def _fall_through(code: bytes) -> bytes:
 
 
 def _relocated(instructions: Sequence[bytes], address: int, callee: int, pointer: int) -> bytes:
-    """The instructions at `address`, the call going to `callee`, the load of the ops pointer from `pointer`."""
+    """The instructions at `address`: the call goes to `callee`, the ops pointer is read at `pointer`."""
     return b"".join(_targets(instructions, address, callee, pointer))
 
 
@@ -128,6 +128,8 @@ def _targets(instructions: Sequence[bytes], address: int, callee: int, pointer: 
         elif code[:3] == RIP_RELATIVE_LOAD_RDX:
             code = code[:3] + (pointer - behind).to_bytes(4, "little", signed=True)
         elif any("rip" in each.operands for each in disassemble(code, 0)):
-            raise KlpemuError("an instruction relative to RIP that the benchmark does not know", where=f"{address:#x}")
+            raise KlpemuError(
+                "an instruction relative to RIP that the benchmark does not know", where=f"{address:#x}"
+            )
         yield code
         address = behind

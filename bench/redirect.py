@@ -1,8 +1,8 @@
-"""A redirected call, beside the same stream as plain code (`plain.py`), and beside a handler that is a Python hook.
+"""A redirected call, beside the same stream as plain code (`plain.py`), and beside a Python hook as handler.
 
-The peer with the hook has the same sites and the same trampoline, and for a handler one instruction with a hook on
-it: Python that finds the func_stack in a dictionary and writes the top func's address into the saved registers.  It
-has no transition to look at, and no recursion to guard against.
+The peer with the hook has the same sites and copies of the same trampolines, and for a handler one
+instruction with a hook on it: Python that finds the func_stack in a dictionary and writes the top func's
+address into the saved registers.  It has no transition to look at, and no recursion to guard against.
 """
 
 import functools
@@ -64,10 +64,10 @@ def _measure(kernel: Kernel, count: int) -> Rounds:
         _, addresses = trace_call(machine, function, 1)
         plain.add(addresses, kernel.klp.ops_hints[function])
     targets = [kernel.address_of(f"fix_{count}:new_{number:05}") for number in range(count)]
-    hooked, hook_cpu = _hooked(machine, targets)
+    hooked, hook_cpu = _hooked(kernel, functions, targets)
     sides = {
-        "redirected": (machine.cpus[0], functions, CALLS),
-        "plain": (_new_cpu(machine), plain.functions, CALLS),  # so that each fills its own translation buffer
+        "redirected": (_new_cpu(machine), functions, CALLS),
+        "plain": (_new_cpu(machine), plain.functions, CALLS),
         "hook": (hook_cpu, hooked, HOOK_CALLS),
     }
     bodies = {}
@@ -85,18 +85,23 @@ def _per_call(machine: Machine, cpu: VCpu, entry: int, calls: int) -> float:
 
 
 def _new_cpu(machine: Machine) -> VCpu:
+    """A vCPU for one side: with translations and a TLB that nothing else has filled, shrunk or flushed."""
     return VCpu(machine.space, 0, machine.cpus[0].gs_base)
 
 
-def _hooked(machine: Machine, targets: Sequence[int]) -> tuple[list[int], VCpu]:
+def _hooked(kernel: Kernel, functions: Sequence[int], targets: Sequence[int]) -> tuple[list[int], VCpu]:
     """Entries whose sites call a trampoline with a hook for its handler, and the vCPU that has this hook."""
-    trampoline, stub = _trampoline_to_stub(machine)
-    entries_at = place(machine, 16 * len(targets), "bench sites")
-    entries = [entries_at + 16 * number for number in range(len(targets))]
+    machine = kernel.machine
+    stub = place(machine, len(RET), "bench stub")
+    machine.space.write(stub, RET)
+    sites_at = place(machine, 16 * len(targets), "bench sites")
+    sites = [sites_at + 16 * number for number in range(len(targets))]
     func_stacks: dict[int, list[int]] = {}
-    for entry, target in zip(entries, targets, strict=True):
-        machine.space.write(entry, text_gen_insn(CALL_OPCODE, entry, trampoline) + RET)
-        func_stacks[entry] = [target]
+    for site, function, target in zip(sites, functions, targets, strict=True):
+        ops = machine.layouts.view("klp_ops", machine.space, kernel.klp.ops_hints[function]).fops
+        trampoline = _copy_of_trampoline(machine, ops, stub)
+        machine.space.write(site, text_gen_insn(CALL_OPCODE, site, trampoline) + RET)
+        func_stacks[site] = [target]
     ip = machine.layouts.offsetof("pt_regs", "ip")
     write = machine.space.write
 
@@ -106,22 +111,17 @@ def _hooked(machine: Machine, targets: Sequence[int]) -> tuple[list[int], VCpu]:
 
     cpu = _new_cpu(machine)
     cpu._uc.hook_add(unicorn.UC_HOOK_CODE, handler, begin=stub, end=stub)
-    return entries, cpu
+    return sites, cpu
 
 
-def _trampoline_to_stub(machine: Machine) -> tuple[int, int]:
-    """A copy of ftrace_caller that calls a lone `ret`, and that `ret`."""
-    start, end = machine.symbol("ftrace_caller"), machine.symbol("ftrace_caller_end")
-    code = machine.space.read(start, end - start) + RET
-    address = place(machine, len(code) + 1, "bench trampoline")
-    stub = address + len(code)
-    call = machine.symbol("ftrace_call") - start
-    load = machine.symbol("ftrace_caller_op_ptr") - start
-    pointer = (machine.symbol("function_trace_op") - (address + load + 7)).to_bytes(4, "little", signed=True)
-    machine.space.write(address, code + RET)
-    machine.space.write(address + load + 3, pointer)
+def _copy_of_trampoline(machine: Machine, ops: Any, stub: int) -> int:
+    """A copy of the private trampoline of `ops` that calls `stub` as its handler."""
+    code = machine.space.read(ops.trampoline, ops.trampoline_size)
+    address = place(machine, len(code), "bench trampoline")
+    call = machine.symbol("ftrace_call") - machine.symbol("ftrace_caller")
+    machine.space.write(address, code)
     machine.space.write(address + call, text_gen_insn(CALL_OPCODE, address + call, stub))
-    return address, stub
+    return address
 
 
 def _instructions() -> Iterator[Result]:
@@ -137,7 +137,9 @@ def _instructions() -> Iterator[Result]:
             present += 1
         executed = len(kernel.trace(function, 1).instructions)
         by = "private trampoline" if count == 1 else "list function"
-        yield Result("redirect", f"instructions of a redirected call, {count} ops ({by})", executed, "instructions")
+        yield Result(
+            "redirect", f"instructions of a redirected call, {count} ops ({by})", executed, "instructions"
+        )
 
 
 def _add_ops(machine: Machine, site: int) -> None:

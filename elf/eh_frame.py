@@ -1,7 +1,9 @@
-"""DWARF call frame information as gcc writes it to `.eh_frame` (DWARF 5, 6.4; the psABI's register numbers, 3.6.2).
+"""DWARF call frame information as gcc writes it to `.eh_frame`.
 
-Only what the compiler emits for kernel-like C is decoded: a frame found from rsp or rbp plus an offset.  A function
-whose frame needs an expression has no row where it does, which an unwinder must take for "unreliable".
+Source: DWARF 5, 6.4; the register numbers are the psABI's (3.6.2).
+
+Only what the compiler emits for kernel-like C is decoded: a frame found from rsp or rbp plus an offset.  A
+function whose frame needs an expression has no row there, which an unwinder must take for "unreliable".
 """
 
 import bisect
@@ -21,7 +23,7 @@ DW_EH_PE_OMIT = 0xFF
 
 @dataclass(frozen=True, slots=True)
 class CallFrames:
-    """The rows of all functions, sorted: row i holds from address i to the next; None where nothing is known."""
+    """The rows of all functions, sorted: row i holds from address i to the next; None: nothing is known."""
 
     addresses: list[int]
     rows: list[UnwindRow | None]
@@ -162,7 +164,7 @@ def _read_fde(body: bytes, cie: _Cie, address: int) -> Iterator[tuple[int, Unwin
 def _rows(
     program: bytes, cie: _Cie, state: _State, at: int, initial: _State
 ) -> list[tuple[int, UnwindRow | None]]:
-    """Execute call frame instructions (DWARF 5, 6.4.2) on `state`; the rows with the addresses they start at."""
+    """Execute call frame instructions (DWARF 5, 6.4.2) on `state`; the rows and where each starts."""
     reader, remembered = _Reader(program), list[_State]()
     rows: list[tuple[int, UnwindRow | None]] = []
     while reader.left:

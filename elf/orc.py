@@ -1,5 +1,6 @@
-"""The kernel's ORC unwind tables: `.orc_unwind_ip` and `.orc_unwind` (arch/x86/include/asm/orc_types.h of 6.1).
+"""The kernel's ORC unwind tables, `.orc_unwind_ip` and `.orc_unwind`.
 
+Source: arch/x86/include/asm/orc_types.h of 6.1.
 Entry i holds from address i up to the next one.  An address is stored as the distance from its own field.
 """
 

@@ -35,9 +35,9 @@ class FrameKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class UnwindRow:
-    """How to leave one frame: caller's rsp = base + offset; its rbp is at caller's rsp + `bp_offset`, if kept there.
+    """How to leave one frame: caller's rsp = base + offset; its rbp is at caller's rsp + `bp_offset`.
 
-    `bp_from_bp` says that the rbp is kept at rbp + `bp_offset` instead.
+    `bp_offset` is None where rbp is not kept on the stack; `bp_from_bp` says that the rbp is kept at rbp + `bp_offset` instead.
     """
 
     base: FrameBase

@@ -165,9 +165,10 @@ class VCpu:
         self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
 
     def _clear_exception(self) -> None:
-        registers, gs_base = self.registers(), self.gs_base
+        registers, vectors, gs_base = self.registers(), self.vectors(), self.gs_base
         self._uc.context_restore(self._clean)
         self.set_registers(registers)
+        self.set_vectors(vectors)
         self.set_gs_base(gs_base)
 
     def _on_interrupt(self, uc: Any, vector: int, _data: Any) -> None:

@@ -29,6 +29,7 @@ from emu.task import Task
 from emu.text_poke import TextPoker
 from emu.trampoline import Trampolines
 from emu.traps import GuestTraps
+from emu.unwind import Unwinder
 from emu.view import GuestVariable, Layouts
 from emu.vmlinux import EntryCode, place_vmlinux
 
@@ -100,6 +101,7 @@ class Machine:
         self.hub = Hub(self.traps)
         self.shared = SharedMemory(self.space, self.hub, self.events)
         self.recorder = FlightRecorder(self)
+        self.unwinder = Unwinder(self)
         self.modules = ModuleLoader(self)
 
         exits = sorted({*EXPORTS, *stubs})
@@ -185,9 +187,9 @@ class Machine:
         """Wait until every vCPU has passed an interruptible boundary or has scheduled, and record it.
 
         While a vCPU is in the middle of guest code it is at an instruction boundary whenever a service runs,
-        and its view of memory is never stale; but one that has executed an `int3` takes no interrupt until that
-        is dealt with, so text_poke_sync waits for it.  A grace period waits for what the others are doing to
-        end, or to sleep.
+        and its view of memory is never stale; but one that has executed an `int3` takes no interrupt until
+        that is dealt with, so text_poke_sync waits for it.  A grace period waits for what the others are
+        doing to end, or to sleep.
         """
         me = self.hub.current if self.hub.in_service else None
         others = [task for task in self.tasks if task is not me]

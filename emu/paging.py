@@ -100,24 +100,25 @@ class AddressSpace:
 
     def protect(self, address: int, size: int, access: Access) -> None:
         """Change what the mapped pages allow."""
-        for page in range(address >> 12, (address >> 12) + _pages(address, size)):
+        pages = range(address >> 12, (address >> 12) + _pages(address, size))
+        self._drop_translations(address, size)
+        for page in pages:
             self._set_entry(page, self._frames[page] | access.value)
             self._access[page] = access
-            if access is Access.EXECUTE:
-                self._executable.add(page)
-            else:
-                self._executable.discard(page)
-        self._forget(address, size)
+        (self._executable.update if access is Access.EXECUTE else self._executable.difference_update)(pages)
+        self._flush_tlb()
 
     def unmap(self, address: int, size: int) -> list[int]:
         """Unmap whole pages; returns their frames, which the caller owns again."""
+        pages = range(address >> 12, (address >> 12) + _pages(address, size))
+        self._drop_translations(address, size)
         frames = []
-        for page in range(address >> 12, (address >> 12) + _pages(address, size)):
+        for page in pages:
             self._set_entry(page, 0)
             frames.append(self._frames.pop(page))
             del self._access[page]
-            self._executable.discard(page)
-        self._forget(address, size)
+        self._executable.difference_update(pages)
+        self._flush_tlb()
         return frames
 
     def access(self, address: int) -> Access | None:
@@ -144,9 +145,7 @@ class AddressSpace:
         for start, length in extents:
             self.arena.bytes[start : start + length] = data[done : done + length]
             done += length
-        if not self._executable.isdisjoint(range(address >> 12, (address + len(data) + PAGE_SIZE - 1) >> 12)):
-            for translator in self.translators:
-                translator.drop_translations(address, address + len(data))
+        self._drop_translations(address, len(data))
 
     def snapshot(self) -> Snapshot:
         """A copy of every mapped page."""
@@ -176,10 +175,21 @@ class AddressSpace:
             table = below & FRAME_MASK
         struct.pack_into("<Q", self.arena.bytes, table + 8 * (page & 511), entry)
 
-    def _forget(self, address: int, size: int) -> None:
+    def _drop_translations(self, address: int, size: int) -> None:
+        """Forget translated code of the range, where its pages are executable, and still are.
+
+        Unicorn looks the address up as if it fetched code there.  Where that is not allowed it keeps a page
+        fault in mind, and the guest's next one comes out as a double fault.
+        """
+        for page in range(address >> 12, (address + size + PAGE_SIZE - 1) >> 12):
+            if page in self._executable:
+                start, end = max(address, page << 12), min(address + size, (page + 1) << 12)
+                for translator in self.translators:
+                    translator.drop_translations(start, end)
+
+    def _flush_tlb(self) -> None:
         for translator in self.translators:
             translator.flush_tlb()
-            translator.drop_translations(address, address + size)
 
 
 def _pages(address: int, size: int) -> int:

@@ -138,7 +138,7 @@ def lay_out(image: Image, base: Callable[[int], int], per_cpu: Callable[[int, in
     kinds: dict[Access, list[Section]] = {access: [] for access in order}
     per_cpu_sections = []
     for section in image.sections:
-        if not section.is_alloc or section.size == 0:
+        if not section.is_alloc:
             continue
         if section.name.startswith(".data..percpu"):
             per_cpu_sections.append(section)

@@ -1,6 +1,6 @@
 """What happens when guest code leaves the guest: exports, breakpoints, WARNs, faults and returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elf.errors import KlpemuError
@@ -23,27 +23,48 @@ BreakpointHandler = Callable[[dict[str, int], Callable[[int], None]], bool]
 ARGUMENTS = ("rdi", "rsi", "rdx", "rcx", "r8", "r9")  # psABI 3.2.3, figure 3.4
 UD2 = b"\x0f\x0b"
 PAGE_FAULT = 14
+CALLERS_SHOWN = 16
 
 
 class GuestFault(KlpemuError):  # noqa: N818
-    """Guest code could not go on; `registers` and `last`, the last instructions, say how it got there."""
+    """Guest code could not go on.
+
+    `registers`, `last` (the last instructions) and `stack` (the callers, innermost first) say how it got there.
+    """
 
     def __init__(
-        self, what: str, *, where: str, advice: str, registers: dict[str, int], last: list[str], address: int
+        self,
+        what: str,
+        *,
+        where: str,
+        advice: str,
+        registers: dict[str, int],
+        last: list[str],
+        address: int,
+        stack: Sequence[str] = (),
     ) -> None:
         self.registers = registers
         self.last = last
+        self.stack = stack
         self.address = address
         super().__init__(what, where=where, advice=advice)
 
     def report(self) -> str:
-        """The one-line error, the registers, and the last instructions executed."""
+        """The one-line error, the registers, the callers, and the last instructions executed."""
         names = [*REGISTERS]
         rows = [names[index : index + 3] for index in range(0, len(names), 3)]
         registers = "\n".join(
             "  ".join(f"{name:>6} {self.registers[name]:016x}" for name in row) for row in rows
         )
-        return f"{self}\n{registers}\nlast {len(self.last)} instructions:\n" + "\n".join(self.last)
+        lines = [
+            str(self),
+            registers,
+            "call trace:",
+            *self.stack,
+            f"last {len(self.last)} instructions:",
+            *self.last,
+        ]
+        return "\n".join(lines)
 
 
 class GuestTraps:
@@ -126,7 +147,23 @@ class GuestTraps:
             registers=registers,
             last=[self._show(address) for address in last],
             address=stop.rip,
+            stack=self._callers(registers),
         )
+
+    def _callers(self, registers: dict[str, int]) -> list[str]:
+        """The stack as far as it can be walked reliably; after a jump to nowhere, from the caller on."""
+        machine = self._machine
+        if machine.kallsyms.at(registers["rip"]) is None:
+            try:
+                back = int.from_bytes(machine.space.read(registers["rsp"], 8), "little")
+            except MemoryFault:
+                return ["  (the stack is not readable)"]
+            registers = registers | {"rip": back, "rsp": registers["rsp"] + 8}
+        trace = machine.unwinder.walk(registers, machine.return_address)
+        lines = [f"  {machine.kallsyms.describe(address)}" for address in trace.entries[:CALLERS_SHOWN]]
+        if len(trace.entries) > CALLERS_SHOWN:
+            return [*lines, f"  ... and {len(trace.entries) - CALLERS_SHOWN} more"]
+        return [*lines, f"  ({trace.unreliable})"] if trace.unreliable else lines
 
     def _serve(self, name: str, task: Task) -> int:
         export = self.exports.get(name)

@@ -1,8 +1,8 @@
 """Walking a kernel stack reliably, or saying that it cannot be done: arch/x86/kernel/unwind_orc.c.
 
 Rows come from ORC where an object has it, from its call frame information otherwise, and for entry code and
-trampolines from the code itself.  Code that nothing describes makes the rest of the stack unreliable; the walk never
-guesses on.
+trampolines from the code itself.  Code that nothing describes makes the rest of the stack unreliable; the
+walk never guesses on.
 """
 
 from collections.abc import Callable, Mapping

@@ -39,7 +39,7 @@ def parse_call(text: str) -> CallExpression:
 
 
 def parse_argument(text: str) -> int | str:
-    """Parse one argument: decimal, 0x hexadecimal, negative, or the name of a symbol, whose address is meant."""
+    """Parse one argument: decimal, 0x hexadecimal, or the name of a symbol, whose address is meant."""
     if _NUMBER.fullmatch(text):
         value = int(text, 16 if "x" in text.lower() else 10)
         if not -(1 << 63) <= value < 1 << 64:
@@ -47,4 +47,6 @@ def parse_argument(text: str) -> int | str:
         return value
     if _NAME.fullmatch(text):
         return text
-    raise KlpemuError(f"'{text}' is no argument", advice="write a number, 0x and hexadecimal, or a symbol's name")
+    raise KlpemuError(
+        f"'{text}' is no argument", advice="write a number, 0x and hexadecimal, or a symbol's name"
+    )

@@ -1,8 +1,7 @@
-"""One executed call with the explanations a reader needs: functions passed, where each branch out of one led."""
+"""One executed call, explained: the functions it passes, and where each branch out of one led."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from emu.assembly import Instruction
 from klpemu.function_state import has_site
@@ -22,7 +21,7 @@ class TracedInstruction:
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """Instructions executed one after the other in one function; `role` says what the function is for, or nothing."""
+    """Instructions executed one after the other in one function; `role` says what it is for, if known."""
 
     function: str
     role: str
@@ -55,12 +54,14 @@ def call_trace(kernel: Kernel, function: str, arguments: Sequence[int], *, att: 
     executed = list(trace.instructions)
     visits: list[Visit] = []
     instructions: list[TracedInstruction] = []
-    for (place, instruction), following in pairwise([*executed, None]):
-        name, _, offset = place.partition("+")
+    places = [place for place, _ in executed]
+    for (place, instruction), following in zip(executed, [*places[1:], ""], strict=True):
+        name = place.partition("+")[0]
         comments = ["fentry site"] if instruction.address == site else []
-        leaves = following is None or following[0].partition("+")[0] != name or following[0].startswith(f"{name}+0x0/")
-        if leaves and following is not None:
-            comments.append(f"-> {following[0]}")
+        # A function that calls itself begins a new visit.
+        leaves = following.partition("+")[0] != name or following.startswith(f"{name}+0x0/")
+        if leaves and following:
+            comments.append(f"-> {following}")
         instructions.append(TracedInstruction(place, instruction, ", ".join(comments)))
         if leaves:
             visits.append(Visit(name, roles.role_of(place), tuple(instructions)))

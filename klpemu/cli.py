@@ -1,9 +1,9 @@
 """The command line: `klpemu <verb>`.
 
-Exit status of every verb: 0 all holds, 1 there are findings, 2 bad usage or bad input.  Errors are one line on
-standard error, `klpemu: <error>`; only a failing guest adds its registers and last instructions.  Beyond those there
-are 130 after Ctrl-C, 141 when the reader of a pipe has gone (as a shell reports SIGINT and SIGPIPE), and 70 if klpemu
-itself is at fault.
+Exit status of every verb: 0 all holds, 1 there are findings, 2 bad usage or bad input.  Errors are one line
+on standard error, `klpemu: <error>`; only a failing guest adds its registers and last instructions.  Beyond
+those there are 130 after Ctrl-C, 141 when the reader of a pipe has gone (as a shell reports SIGINT and
+SIGPIPE), and 70 if klpemu itself is at fault.
 """
 
 import os
@@ -16,6 +16,7 @@ import click
 
 from elf.errors import KlpemuError
 from emu.traps import GuestFault
+from klpemu.interrupt import INTERRUPTED, say_interrupted, watch_for_ctrl_c
 from klpemu.output import print_error
 from klpemu.verbs.demo import demo
 from klpemu.verbs.options import FINDINGS
@@ -28,17 +29,20 @@ __all__ = ["main"]
 
 BAD_INPUT: Final = 2
 INTERNAL_ERROR: Final = 70
-INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
 
 
 class _Verbs(click.Group):
     """A group that ends with our exit statuses and our one line of error instead of click's."""
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any) -> Any:
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, *_: Any, **extra: Any
+    ) -> Any:
         """Run the command line `args` and exit."""
         if "_KLPEMU_COMPLETE" in os.environ:  # the shell asks for completions
             return super().main(args, prog_name)
+        if args is None:
+            watch_for_ctrl_c()
         arguments = list(sys.argv[1:] if args is None else args)
         extra.pop("standalone_mode", None)
         sys.exit(_status_of(lambda: self._perform(arguments, extra)))
@@ -73,7 +77,7 @@ def _status_of(body: Callable[[], object]) -> int:
     except KlpemuError as error:
         print_error(error)
     except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("klpemu: interrupted\n")
+        say_interrupted()
         return INTERRUPTED
     except BrokenPipeError:
         _forget_stdout()

@@ -1,4 +1,5 @@
-"""Where the built-in kernel, livepatches and scenarios are: inside an installed package, or in the source tree.
+"""Where the built-in kernel, livepatches and scenarios are: inside an installed package, or in the source
+tree.
 
 Wherever a command or a scenario names a file, `builtin:NAME` names one of these.
 """
@@ -8,7 +9,7 @@ from typing import Final
 
 from elf.errors import KlpemuError
 
-__all__ = ["BUILTIN", "BUILTIN_KERNEL", "fixture", "locate"]
+__all__ = ["BUILTIN", "BUILTIN_KERNEL", "fixture", "locate", "shown"]
 
 BUILTIN: Final = "builtin:"
 BUILTIN_KERNEL: Final = "kernel.o"
@@ -33,7 +34,9 @@ def fixture(name: str) -> Path:
             where=str(folders[-1]),
             advice="reinstall klpemu, or run make -C fixtures",
         )
-    raise KlpemuError("no such built-in file", where=f"{BUILTIN}{name}", advice=f"there are {', '.join(there)}")
+    raise KlpemuError(
+        "no such built-in file", where=f"{BUILTIN}{name}", advice=f"there are {', '.join(there)}"
+    )
 
 
 def locate(name: str, base: Path | None = None) -> Path:
@@ -41,3 +44,12 @@ def locate(name: str, base: Path | None = None) -> Path:
     if name.startswith(BUILTIN):
         return fixture(name.removeprefix(BUILTIN))
     return Path(name) if base is None else base / name
+
+
+def shown(text: object) -> str:
+    """A path, or a text with paths in it, as people are shown it: built-in files by their `builtin:` name."""
+    result = str(text)
+    for folders in _FOLDERS.values():
+        for folder in folders:
+            result = result.replace(f"{folder}/", BUILTIN)
+    return result

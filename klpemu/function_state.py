@@ -1,4 +1,4 @@
-"""How one function stands at one moment: its site's bytes, what they say, its func_stack, ftrace's line about it."""
+"""One function at one moment: its site's bytes and what they say, its func_stack, ftrace's line about it."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,8 @@ __all__ = ["FunctionState", "branch_target", "function_state", "has_site", "patc
 class FunctionState:
     """`place` is the site as `sym+0x0/0x10`, `site` its guest virtual address, `text` its disassembly.
 
-    `func_stack` is newest first, empty if no patch is on the function; `enabled_functions` is the line of tracefs'
-    file about the site, with tabs, empty if it has none.
+    `func_stack` is newest first, empty if no patch is on the function; `enabled_functions` is the line of
+    tracefs' file about the site, with tabs, empty if it has none.
     """
 
     function: str

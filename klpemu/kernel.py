@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 
@@ -108,7 +109,7 @@ class Kernel:
         self._serve(f"enable {patch.name}", lambda: self._insmod(patch, image))
 
     def insmod(self, path: str | PathLike[str]) -> str:
-        """Load a livepatch module (.ko) and run its init function, which enables the patch; returns its name."""
+        """Load a livepatch module (.ko); its init function enables the patch.  Returns its name."""
         image = Image.open(fspath(path))
         if image.modinfo.get("livepatch") != ["Y"]:
             raise KlpemuError(
@@ -126,7 +127,9 @@ class Kernel:
         if status & 0xFFFF_FFFF:
             self._unload_code(name)
             number = (1 << 32) - (status & 0xFFFF_FFFF)
-            raise self._refused or KernelErrno(number, f"the init function of '{name}' failed", where=image.path)
+            raise self._refused or KernelErrno(
+                number, f"the init function of '{name}' failed", where=image.path
+            )
         self._settle()
         return name
 
@@ -141,7 +144,7 @@ class Kernel:
     # Looking.
 
     def call(self, function: str | int, *arguments: int) -> int:
-        """Call guest code with integer arguments; returns RAX.  A function is `name`, `module:name` or an address."""
+        """Call guest code; returns RAX.  A function is `name`, `module:name`, `name,2` or an address."""
         result = self.machine.call(self.address_of(function), *arguments)
         self._settle()
         return result
@@ -289,12 +292,10 @@ class Kernel:
             self.machine.service("klp_transition_work", lambda: transition.klp_transition_work_fn(self.klp))
         while self.klp.pending_free:
             guest = self.klp.pending_free.pop(0)
-            self.machine.service(
-                "free_work", lambda guest=guest: core.klp_free_patch_work_fn(self.klp, guest)
-            )
+            self.machine.service("free_work", partial(core.klp_free_patch_work_fn, self.klp, guest))
             gone = next(each for each in self.enabled if each.guest == guest)
             self.enabled.remove(gone)
-            self.machine.service("rmmod", lambda gone=gone: self._rmmod(gone))
+            self.machine.service("rmmod", partial(self._rmmod, gone))
 
     def _rmmod(self, gone: EnabledPatch) -> None:
         gone.release()
@@ -302,7 +303,7 @@ class Kernel:
 
     def _allocations(self) -> dict[int, str]:
         slab, area = self.machine.slab.live, self.machine.area.live
-        return {at: tag for at, (_, tag) in (*slab.items(), *area.items())}
+        return {at: tag for at, (_, tag) in [*slab.items(), *area.items()]}
 
 
 def _stack(ops: Any) -> Any:

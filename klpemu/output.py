@@ -1,7 +1,7 @@
 """Where output goes: text for people on a terminal or in a file, or one JSON object, never both.
 
-Text goes line by line; on a terminal a long line is wrapped with its continuation indented, elsewhere it stays one
-line.  Progress of long work goes to standard error.
+Text goes line by line; on a terminal a long line is wrapped with its continuation indented, elsewhere it
+stays one line.  Progress of long work goes to standard error.
 """
 
 import json
@@ -17,13 +17,15 @@ from rich.text import Text
 
 from elf.errors import KlpemuError
 from emu.traps import GuestFault
+from klpemu.fixtures import shown
 
 __all__ = ["COLORS", "SCHEMA", "Output", "print_error"]
 
 SCHEMA: Final = 1
 COLORS: Final = ("auto", "always", "never")
 NARROW: Final = 80
-LABEL: Final = 20
+LABEL: Final = 18
+PIECE: Final = 1 << 14  # characters
 QUIET_SECONDS: Final = 5.0
 
 Item = TypeVar("Item")
@@ -37,7 +39,7 @@ class _Console(Console):
 
 
 class Output:
-    """The output of one verb: `line`, `fact` and their like for people, `finish` with the object for programs."""
+    """The output of one verb: `line`, `fact` and their like for people, `finish` for programs."""
 
     def __init__(self, verb: str, *, as_json: bool, color: str) -> None:
         self._verb = verb
@@ -50,24 +52,28 @@ class Output:
         """A terminal on which bytes and disassembly do not fit side by side."""
         return self._console.is_terminal and self._console.width < NARROW
 
-    def line(self, *pieces: str | tuple[str, str], indent: int = 0, hang: int = 2) -> None:
-        """Print a line of pieces, each a text or (text, style); what does not fit a terminal hangs by `hang`."""
+    def line(self, *pieces: str | tuple[str, str], label: str = "", indent: int = 0, hang: int = 2) -> None:
+        """Print a line of pieces, each a text or (text, style), behind a dim label.
+
+        What does not fit a terminal goes on below, indented by `hang`, or by the length of a label.
+        """
         if self._as_json:
             return
         text = Text.assemble(*pieces)
-        margin = " " * indent
+        first = Text.assemble(" " * indent, (label, "dim"))
         if not self._console.is_terminal:
-            self._console.print(Text(margin) + text, soft_wrap=True)
+            self._console.print(first + text, soft_wrap=True)
             return
-        width = max(20, self._console.width - indent - hang)
+        below = Text(" " * (indent + (len(label) or hang)))
         text.expand_tabs(2)
+        width = max(20, self._console.width - len(below))
         for number, part in enumerate(text.wrap(self._console, width)):
             part.rstrip()
-            self._console.print(Text(margin + " " * (hang if number else 0)) + part, soft_wrap=True)
+            self._console.print((below if number else first) + part, soft_wrap=True)
 
     def fact(self, label: str, *pieces: str | tuple[str, str]) -> None:
         """Print a labelled value; labels stand in a column."""
-        self.line((f"{label:<{LABEL - 2}}", "dim"), *pieces, indent=2, hang=LABEL - 2)
+        self.line(*pieces, label=f"{label:<{LABEL}}", indent=2)
 
     def heading(self, text: str) -> None:
         """Print a heading, with an empty line above it."""
@@ -80,8 +86,12 @@ class Output:
 
     def finish(self, payload: dict[str, Any]) -> None:
         """Print the JSON object of the verb, if that is what was asked for."""
-        if self._as_json:
-            sys.stdout.write(json.dumps({"schema": SCHEMA, "verb": self._verb, **payload}, indent=2) + "\n")
+        if not self._as_json:
+            return
+        text = json.dumps({"schema": SCHEMA, "verb": self._verb, **payload}, indent=2) + "\n"
+        # In pieces: with PYTHONUNBUFFERED a big write that a closed pipe cuts short counts as done.
+        for start in range(0, len(text), PIECE):
+            sys.stdout.write(text[start : start + PIECE])
 
     def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """The items, with their progress shown: a bar on a terminal, elsewhere a line every few seconds.
@@ -97,7 +107,7 @@ class Output:
 def print_error(error: KlpemuError) -> None:
     """Print the one line of an error to standard error; a guest's failure goes on with its report."""
     sys.stdout.flush()
-    text = error.report() if isinstance(error, GuestFault) else str(error)
+    text = shown(error.report() if isinstance(error, GuestFault) else str(error))
     sys.stderr.write(f"klpemu: {text}\n")
 
 

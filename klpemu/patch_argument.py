@@ -5,9 +5,9 @@
 
     PAIR is [OBJECT:]OLD[,SYMPOS]=NEW
 
-OBJECT is a module's name, vmlinux if it is left out, and holds for its own PAIR only; SYMPOS chooses among several
-symbols called OLD, counted from 1.  The word `replace` at the end makes it a cumulative patch that atomically
-replaces all older ones.  The patch is named as its file, as a module is.
+OBJECT is a module's name, vmlinux if it is left out, and holds for its own PAIR only; SYMPOS chooses among
+several symbols called OLD, counted from 1.  The word `replace` at the end makes it a cumulative patch that
+atomically replaces all older ones.  The patch is named as its file, as a module is.
 """
 
 import re
@@ -64,7 +64,9 @@ def _patch(argument: str, file: str, pairs: str, *, replace: bool) -> Patch:
         func = Func(old, new, int(sympos or 0))
         funcs = objects.setdefault(objname or VMLINUX, [])
         if any((each.old, each.sympos or 1) == (old, func.sympos or 1) for each in funcs):
-            raise KlpemuError(f"'{old}' is replaced twice", where=f"PATCH '{argument}'", advice="name it once")
+            raise KlpemuError(
+                f"'{old}' is replaced twice", where=f"PATCH '{argument}'", advice="name it once"
+            )
         funcs.append(func)
     return _readable(Patch(module_name(file.removeprefix(BUILTIN)), objects, locate(file), replace))
 
@@ -78,7 +80,9 @@ def _readable(patch: Patch) -> Patch:
 
 def _complaint(argument: str) -> str:
     """Which part of a PATCH with pairs is wrong, as closely as that can be said."""
-    _, colon, rest = argument.removeprefix(BUILTIN).partition(":")
+    file, colon, rest = argument.removeprefix(BUILTIN).partition(":")
+    if colon and not file:
+        return "no file before the colon"
     if not rest:
         return "no pairs behind the colon" if colon else "no colon between the file and its pairs"
     for part in re.sub(r",(\d+)=", r"#\1=", rest).split(","):

@@ -6,6 +6,7 @@ from typing import Any
 from elf.errors import KlpemuError
 from emu.traps import GuestFault
 from klpemu.call_trace import CallTrace, Visit
+from klpemu.fixtures import shown
 from klpemu.function_state import FunctionState
 from klpemu.output import Output
 from klpemu.scenario import Action
@@ -136,9 +137,9 @@ def trace_object(trace: CallTrace) -> dict[str, Any]:
 def fault_object(fault: KlpemuError) -> dict[str, Any]:
     """What stopped the guest; registers as hexadecimal strings."""
     if not isinstance(fault, GuestFault):
-        return {"error": str(fault), "address": None, "registers": {}, "last": []}
+        return {"error": shown(fault), "address": None, "registers": {}, "last": []}
     return {
-        "error": str(fault),
+        "error": shown(fault),
         "address": f"{fault.address:#x}",
         "registers": {name: f"{value:#x}" for name, value in fault.registers.items()},
         "last": [line.strip() for line in fault.last],
@@ -162,7 +163,7 @@ def _print_visit(output: Output, visit: Visit) -> None:
         comment = f"  # {each.comment}" if each.comment else ""
         text = f"{each.instruction}"
         code = "" if output.narrow else f"{_code(each.instruction.code):<{CODE_COLUMN}} "
-        output.line((f"+{offset:<6}", "dim"), " ", code, text, (comment, "green"), indent=2, hang=10)
+        output.line(code, text, (comment, "green"), label=f"+{offset:<7}", indent=2)
 
 
 def _route(trace: CallTrace) -> list[str | tuple[str, str]]:

@@ -30,10 +30,11 @@ class Action(enum.Enum):
 class Step:
     """One operation and what is expected of it; an expectation that is None or "" is not checked.
 
-    `target` names a patch or a module, or is the file of a module to load.  `error` is an errno's name or a part of the
-    error's text; `log` is every line that the step logs; `through` are the functions that a traced call passes, in
-    order, and `executed` is its number of instructions.  A `stage` is a heading over this and the following steps,
-    `note` a line for the reader; `line` is where the step stands in its file, 0 if it comes from no file.
+    `target` names a patch or a module, or is the file of a module to load.  `error` is an errno's name or a
+    part of the error's text; `log` is every line that the step logs; `through` are the functions that a
+    traced call passes, in order, and `executed` is its number of instructions.  A `stage` is a heading over
+    this and the following steps, `note` a line for the reader; `line` is where the step stands in its file, 0
+    if it comes from no file.
     """
 
     action: Action
@@ -58,8 +59,8 @@ class Step:
 class Scenario:
     """A kernel, modules loaded at the start, the patches that steps can name, and the steps.
 
-    `budget` is the number of instructions after which a guest call counts as endless, 0 for the default; relative
-    paths of modules that steps load begin at `base`.
+    `budget` is the number of instructions after which a guest call counts as endless, 0 for the default;
+    relative paths of modules that steps load begin at `base`.
     """
 
     path: str = ""

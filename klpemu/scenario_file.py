@@ -50,7 +50,9 @@ def read_scenario(path: Path) -> Scenario:
 class _Table:
     """One table of the file, read key by key; `finish` refuses the keys that nobody asked for."""
 
-    def __init__(self, values: dict[str, Any], path: toml_lines.Path, lines: dict[toml_lines.Path, int], file: str):
+    def __init__(
+        self, values: dict[str, Any], path: toml_lines.Path, lines: dict[toml_lines.Path, int], file: str
+    ):
         self._values = values
         self._path = path
         self._lines = lines
@@ -102,10 +104,11 @@ class _Table:
             if not isinstance(each, dict):
                 raise self._wrong_type(f"{key}[{index}]", each, "a table", (*self._path, key, index))
         return [
-            _Table(each, (*self._path, key, index), self._lines, self._file) for index, each in enumerate(values)
+            _Table(each, (*self._path, key, index), self._lines, self._file)
+            for index, each in enumerate(values)
         ]
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._values)
 
     def finish(self, what: str) -> None:
@@ -188,10 +191,12 @@ def _patch(table: _Table, base: Path) -> Patch:
     replace = table.boolean("replace")
     objects: dict[str, list[Func]] = {}
     declared = table.table("objects")
-    for objname in declared.keys():
+    for objname in declared.names():
         funcs = declared.tables(objname)
         if not funcs:
-            raise declared.error("is empty", objname, advice="name at least one function, or leave the object out")
+            raise declared.error(
+                "is empty", objname, advice="name at least one function, or leave the object out"
+            )
         objects[objname] = [_func(each) for each in funcs]
     table.finish("a patch")
     return Patch(name, objects, code, replace)
@@ -210,7 +215,7 @@ def _step(table: _Table, patches: Sequence[str], base: Path) -> Step:
     names = ", ".join(each.value for each in _ACTIONS)
     if len(actions) != 1:
         found = " and ".join(f"'{each.value}'" for each in actions) or "nothing to do"
-        unknown = [key for key in table.keys() if difflib.get_close_matches(key, names.split(", "), 1, 0.75)]
+        unknown = [key for key in table.names() if difflib.get_close_matches(key, names.split(", "), 1, 0.75)]
         if not actions and unknown:
             raise table.error(
                 f"unknown key '{unknown[0]}' in a step", unknown[0], bare=True, advice=f"actions are {names}"

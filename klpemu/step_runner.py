@@ -1,4 +1,4 @@
-"""Performing steps on a kernel, and verifying after each one: what `run`, `verify` and `demo` have in common."""
+"""Performing steps on a kernel and verifying after each: what `run`, `verify` and `demo` have in common."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from emu.errno import KernelErrno
 from emu.ftrace import FtraceBug
 from emu.traps import GuestFault
 from klpemu.call_trace import CallTrace, call_trace
-from klpemu.fixtures import locate
+from klpemu.fixtures import locate, shown
 from klpemu.function_state import FunctionState, function_state, has_site, patched_functions
 from klpemu.kernel import Kernel
 from klpemu.scenario import Action, Scenario, Step
@@ -23,11 +23,12 @@ TRACE_BUDGET: Final = 1_000_000  # every instruction of a trace is kept
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step did: the checks after it, the lines it logged, and the functions it was about as they stand now.
+    """What a step did: the checks after it, the lines it logged, and the functions it was about as they stand
+    now.
 
-    `returned` is RAX after a call, `trace` the executed stream of a traced one, `error` an expected error that came,
-    `fault` what stopped the guest without being expected: then no further step makes sense.  `not_loaded` are the
-    objects whose functions an enabled patch will replace once they are loaded.
+    `returned` is RAX after a call, `trace` the executed stream of a traced one, `error` an expected error
+    that came, `fault` what stopped the guest without being expected: then no further step makes sense.
+    `not_loaded` are the objects whose functions an enabled patch will replace once they are loaded.
     """
 
     step: Step
@@ -61,7 +62,7 @@ class StepRunner:
         return StepResult(step, self.kernel.verify(step.name), tuple(self.kernel.log))
 
     def perform(self, step: Step) -> StepResult:
-        """Perform a step and verify; an error that the step does not expect is raised, a guest's failure is not."""
+        """Perform a step and verify; an error that it does not expect is raised, a guest's failure is not."""
         logged = len(self.kernel.log)
         error: KlpemuError | None = None
         fault: KlpemuError | None = None
@@ -91,7 +92,7 @@ class StepRunner:
             self._functions(step),
             returned,
             trace,
-            str(error) if error is not None and fault is None else "",
+            shown(error) if error is not None and fault is None else "",
             fault,
             self._not_loaded() if step.action is Action.ENABLE else (),
         )
@@ -168,7 +169,7 @@ class _Expectations:
     ) -> None:
         step = self._step
         if step.error:
-            found = "nothing failed" if error is None else str(error)
+            found = "nothing failed" if error is None else shown(error)
             self._check("error_is_the_expected_one", _is_expected(error, step.error), found, step.error)
         if step.log is not None:
             self._check("log_is_the_expected_one", step.log == log, list(log), list(step.log))

@@ -1,7 +1,7 @@
 """On which line of a TOML file each key stands: what tomllib does not say, and what an error must.
 
-The text has been accepted by tomllib before, so nothing is checked here: this only walks over it.  A place is the path
-of keys and array indices that leads to a value in tomllib's result, `("step", 2, "call")`.
+The text has been accepted by tomllib before, so nothing is checked here: this only walks over it.  A place is
+the path of keys and array indices that leads to a value in tomllib's result, `("step", 2, "call")`.
 """
 
 import re
@@ -29,7 +29,7 @@ def key_lines(text: str) -> dict[Path, int]:
 
 
 class _Walk:
-    """One pass over the text: `at` is the offset reached, `elements` the last index of each array of tables."""
+    """One pass over the text: `at` is the offset reached, `elements` the last index of each table array."""
 
     def __init__(self, text: str) -> None:
         self.text = text

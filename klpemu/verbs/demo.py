@@ -23,15 +23,15 @@ DEMO = "builtin:demo.toml"
 def demo(att: bool, as_json: bool, color: str) -> None:
     """Patch one function of a small kernel, patch it again, replace both, and restore it.
 
-    Everything shown is executed x86-64 machine code, and everything is checked after each step.  It is the scenario
-    builtin:demo.toml; `klpemu run` performs it too, and your own.
+    Everything shown is executed x86-64 machine code, and everything is checked after each step.  It is the
+    scenario builtin:demo.toml; `klpemu run` performs it too, and your own.
 
     Exit status: 0 all checks hold, 1 there are findings.
     """
     output = Output("demo", as_json=as_json, color=color)
     scenario = read_scenario(locate(DEMO))
     runner = StepRunner(scenario, att=att)
-    output.line((scenario.title, "bold"))
+    output.line((scenario.title, "bold"), hang=0)
     results = [runner.boot()]
     stage = 0
     for step in scenario.steps:
@@ -40,7 +40,7 @@ def demo(att: bool, as_json: bool, color: str) -> None:
         if step.stage:
             stage += 1
             output.heading(f"{stage}. {step.stage}")
-            output.line(step.note)
+            output.line(step.note, hang=0)
         if step.action is Action.TRACE:
             # A stage is one trace, and what came before it: the boot or the step that changed something.
             _print_stage(output, results[-2:])

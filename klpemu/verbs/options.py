@@ -1,34 +1,20 @@
 """Options that several verbs have."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from elf.errors import KlpemuError
 from klpemu.fixtures import locate
 from klpemu.output import COLORS
 
-__all__ = ["FINDINGS", "FileArgument", "att_option", "budget_option", "kernel_options", "output_options"]
+__all__ = ["FINDINGS", "att_option", "budget_option", "kernel_options", "output_options"]
 
-# Exit status: 0 says that all holds, 2 (raised as KlpemuError or by click) that the usage or the input is bad.
+# Exit status: 0 says that all holds, 2 (raised as KlpemuError or by click) that the usage or the input is
+# bad.
 FINDINGS = 1
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
-
-
-class FileArgument(click.ParamType):
-    """A path, or `builtin:NAME`."""
-
-    name = "file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path; a `builtin:` that does not exist is bad usage."""
-        try:
-            return locate(value) if isinstance(value, str) else Path(value)
-        except KlpemuError as error:
-            self.fail(str(error), param, ctx)
 
 
 def output_options(verb: Verb) -> Verb:
@@ -39,7 +25,9 @@ def output_options(verb: Verb) -> Verb:
         default="auto",
         help="Colour the text: auto is on a terminal, unless NO_COLOR is set.",
     )(verb)
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(verb)
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(
+        verb
+    )
 
 
 def att_option(verb: Verb) -> Verb:
@@ -52,13 +40,16 @@ def kernel_options(verb: Verb) -> Verb:
     verb = click.option(
         "--module",
         "modules",
-        type=FileArgument(),
+        type=locate,
         multiple=True,
         metavar="KO",
         help="Load a module first; may be repeated.",
     )(verb)
     return click.option(
-        "--kernel", type=FileArgument(), metavar="IMAGE", help="The kernel image; the built-in one by default."
+        "--kernel",
+        type=locate,
+        metavar="IMAGE",
+        help="The kernel image; the built-in one by default.",
     )(verb)
 
 

@@ -5,28 +5,29 @@ from pathlib import Path
 
 import click
 
+from klpemu.fixtures import locate, shown
 from klpemu.output import Output
 from klpemu.report import print_step, print_verdict, step_object, verdict_object
 from klpemu.scenario import Scenario
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepResult, StepRunner
-from klpemu.verbs.options import FINDINGS, FileArgument, att_option, output_options
+from klpemu.verbs.options import FINDINGS, att_option, output_options
 
 __all__ = ["run"]
 
 
 @click.command()
-@click.argument("scenarios", nargs=-1, required=True, type=FileArgument(), metavar="SCENARIO.toml...")
+@click.argument("scenarios", nargs=-1, required=True, type=locate, metavar="SCENARIO.toml...")
 @att_option
 @output_options
 def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> None:
     """Perform the steps of a scenario, and check every invariant after each.
 
-    A scenario says which kernel, modules and patches there are, what is done with them in which order, and what is
-    expected; docs/cli.md describes its form.  builtin:demo.toml is one.
+    A scenario says which kernel, modules and patches there are, what is done with them in which order, and
+    what is expected; docs/cli.md describes its form.  builtin:demo.toml is one.
 
-    Exit status: 0 all checks hold, 1 there are findings, 2 a scenario cannot be read, or a step fails that is not
-    expected to.
+    Exit status: 0 all checks hold, 1 there are findings, 2 a scenario cannot be read, or a step fails that is
+    not expected to.
     """
     output = Output("run", as_json=as_json, color=color)
     # All are read before the first is performed: a mistake in the last one costs no time.
@@ -39,7 +40,7 @@ def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> No
             **verdict_object(reports),
             "scenarios": [
                 {
-                    "file": scenario.path,
+                    "file": shown(scenario.path),
                     "title": scenario.title or None,
                     "steps": [step_object(each) for each in results],
                     "left_out": len(scenario.steps) + 1 - len(results),
@@ -54,7 +55,7 @@ def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> No
 def _perform(scenario: Scenario, output: Output, *, att: bool) -> list[StepResult]:
     runner = StepRunner(scenario, att=att)
     if scenario.title:
-        output.line((scenario.title, "bold"))
+        output.line((scenario.title, "bold"), hang=0)
     results = [runner.boot()]
     print_step(output, results[0])
     for step in scenario.steps:
@@ -63,7 +64,7 @@ def _perform(scenario: Scenario, output: Output, *, att: bool) -> list[StepResul
         if step.stage:
             output.heading(step.stage)
         if step.note:
-            output.line(step.note)
+            output.line(step.note, hang=0)
         print_step(output, result)
         if result.fault is not None:
             output.fault(result.fault)

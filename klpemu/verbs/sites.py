@@ -11,8 +11,9 @@ import click
 from elf.errors import ElfError, KlpemuError
 from elf.image import Image
 from elf.mcount import Site, SiteKind, fentry_sites, functions_at, patchable_sites
+from klpemu.fixtures import locate, shown
 from klpemu.output import Output, print_error
-from klpemu.verbs.options import FINDINGS, FileArgument, output_options
+from klpemu.verbs.options import FINDINGS, output_options
 
 __all__ = ["sites"]
 
@@ -26,7 +27,7 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class _FoundSite:
-    """A site with its names: `place` is section+offset or a virtual address, `functions` are sym+offset/size."""
+    """A site with its names: `place` is section+offset or an address, `functions` are sym+offset/size."""
 
     site: Site
     section: str
@@ -35,18 +36,18 @@ class _FoundSite:
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=FileArgument(), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=locate, metavar="FILE...")
 @click.option("--summary", is_flag=True, help="One line a file instead of one a site.")
 @output_options
 def sites(files: tuple[Path, ...], summary: bool, as_json: bool, color: str) -> None:
     """List the fentry sites of ELF files: where they are, in which function, and what their five bytes are.
 
-    FILE is an x86-64 object, module, executable or shared object; in a directory all .ko files are read. Addresses
-    are section+offset in objects and modules, virtual addresses otherwise.  What is in __patchable_function_entries
-    is listed as padding: an x86 kernel never patches it.
+    FILE is an x86-64 object, module, executable or shared object; in a directory all .ko files are read.
+    Addresses are section+offset in objects and modules, virtual addresses otherwise.  What is in
+    __patchable_function_entries is listed as padding: an x86 kernel never patches it.
 
-    Exit status: 0, or 1 if a site is refused, 2 if a file cannot be read (the others are listed all the same; with
-    --json nothing is printed then).
+    Exit status: 0, or 1 if a site is refused, 2 if a file cannot be read (the others are listed all the same;
+    with --json nothing is printed then).
     """
     output = Output("sites", as_json=as_json, color=color)
     paths, failed = _paths(files)
@@ -61,7 +62,7 @@ def sites(files: tuple[Path, ...], summary: bool, as_json: bool, color: str) -> 
             continue
         kinds = Counter(each.site.kind for each in found)
         totals += kinds
-        output.line((str(path), "bold"), f": {_count(kinds)}")
+        output.line((shown(path), "bold"), f": {_count(kinds)}")
         if not summary:
             _print_sites(output, found)
         if as_json:
@@ -117,7 +118,9 @@ def _print_sites(output: Output, found: list[_FoundSite]) -> None:
         if not narrow:
             place, functions = f"{place:{places}}", f"{functions:{max(names, 13)}}"
         style = {SiteKind.OTHER: "red", SiteKind.PADDING: "dim"}.get(site.kind, "green")
-        output.line(place, "  ", functions, "  ", f"{site.code.hex(' '):14}  ", (KINDS[site.kind], style), indent=2)
+        output.line(
+            place, "  ", functions, "  ", f"{site.code.hex(' '):14}  ", (KINDS[site.kind], style), indent=2
+        )
         if site.reason:
             output.line(site.reason, indent=6, hang=0)
 
@@ -125,7 +128,9 @@ def _print_sites(output: Output, found: list[_FoundSite]) -> None:
 def _count(kinds: Counter[SiteKind]) -> str:
     """`32 sites: 30 call __fentry__, 2 nop5`, with the padding apart."""
     total = sum(kinds.values()) - kinds[SiteKind.PADDING]
-    parts = [f"{kinds[kind]:,} {KINDS[kind]}" for kind in SiteKind if kinds[kind] and kind is not SiteKind.PADDING]
+    parts = [
+        f"{kinds[kind]:,} {KINDS[kind]}" for kind in SiteKind if kinds[kind] and kind is not SiteKind.PADDING
+    ]
     text = f"{total:,} site{'' if total == 1 else 's'}" if total else "no fentry site"
     text += f" ({', '.join(parts)})" if parts else ""
     padding = kinds[SiteKind.PADDING]
@@ -133,13 +138,20 @@ def _count(kinds: Counter[SiteKind]) -> str:
 
 
 def _totals(kinds: Counter[SiteKind]) -> dict[str, int]:
-    names = {SiteKind.CALL: "call", SiteKind.NOP5: "nop5", SiteKind.OTHER: "refused", SiteKind.PADDING: "padding"}
+    names = {
+        SiteKind.CALL: "call",
+        SiteKind.NOP5: "nop5",
+        SiteKind.OTHER: "refused",
+        SiteKind.PADDING: "padding",
+    }
     return {name: kinds[kind] for kind, name in names.items()}
 
 
-def _file_object(path: Path, found: list[_FoundSite], kinds: Counter[SiteKind], *, summary: bool) -> dict[str, Any]:
+def _file_object(
+    path: Path, found: list[_FoundSite], kinds: Counter[SiteKind], *, summary: bool
+) -> dict[str, Any]:
     rows = [] if summary else [_site_object(each) for each in found]
-    return {"file": str(path), "totals": _totals(kinds), "sites": rows}
+    return {"file": shown(path), "totals": _totals(kinds), "sites": rows}
 
 
 def _site_object(found: _FoundSite) -> dict[str, Any]:

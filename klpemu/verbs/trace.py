@@ -20,7 +20,9 @@ __all__ = ["trace"]
 @click.argument("symbol")
 @click.argument("arguments", nargs=-1, metavar="[ARG]...")
 @kernel_options
-@click.option("--patch", "patches", multiple=True, metavar="PATCH", help="Enable a patch first; may be repeated.")
+@click.option(
+    "--patch", "patches", multiple=True, metavar="PATCH", help="Enable a patch first; may be repeated."
+)
 @budget_option
 @att_option
 @output_options
@@ -37,8 +39,8 @@ def trace(
 ) -> None:
     """Call SYMBOL and show every instruction that is executed, through trampoline and handler.
 
-    SYMBOL is a function's name, module:name, or name,2 for the second of that name.  ARG is decimal, 0x hexadecimal,
-    or a symbol's name for its address.  PATCH is as in `klpemu verify`.
+    SYMBOL is a function's name, module:name, or name,2 for the second of that name.  ARG is decimal, 0x
+    hexadecimal, or a symbol's name for its address.  PATCH is as in `klpemu verify`.
 
     \b
     klpemu trace --patch builtin:fix_area.o:area_of=fixed_area_of area_of 3 4
@@ -48,7 +50,9 @@ def trace(
     output = Output("trace", as_json=as_json, color=color)
     declared = parse_patches(patches)
     call = CallExpression(symbol, tuple(parse_argument(each) for each in arguments))
-    runner = StepRunner(Scenario(kernel=kernel, modules=modules, patches=declared, budget=budget or 0), att=att)
+    runner = StepRunner(
+        Scenario(kernel=kernel, modules=modules, patches=declared, budget=budget or 0), att=att
+    )
     steps = [Step(Action.ENABLE, name) for name in declared]
     results = [runner.boot(), *(runner.perform(step) for step in steps)]
     traced = runner.perform(Step(Action.TRACE, str(call), call))

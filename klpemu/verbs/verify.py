@@ -26,7 +26,7 @@ __all__ = ["verify"]
     "calls",
     multiple=True,
     metavar="CALL[=VALUE]",
-    help="Make this call at every stage, as in 'area_of(3, 4)=12'; VALUE is expected once all patches are enabled.",
+    help="Call it at every stage, as in 'area_of(3, 4)=12'; VALUE is expected once all patches are on.",
 )
 @budget_option
 @att_option
@@ -43,8 +43,8 @@ def verify(
 ) -> None:
     """Enable each PATCH in turn, check every byte and stream after each, then remove them all, newest first.
 
-    PATCH is FILE:PAIR[,PAIR]...[,replace] with PAIR = [OBJECT:]OLD[,SYMPOS]=NEW, or a livepatch module (.ko) alone.
-    FILE may be builtin:NAME.  `replace` makes the patch atomically replace those before it.
+    PATCH is FILE:PAIR[,PAIR]...[,replace] with PAIR = [OBJECT:]OLD[,SYMPOS]=NEW, or a livepatch module (.ko)
+    alone. FILE may be builtin:NAME.  `replace` makes the patch atomically replace those before it.
 
     \b
     klpemu verify builtin:fix_area.o:area_of=fixed_area_of
@@ -55,9 +55,7 @@ def verify(
     output = Output("verify", as_json=as_json, color=color)
     declared = parse_patches(patches)
     wanted = [_parse_call(each) for each in calls]
-    scenario = Scenario(
-        kernel=kernel, modules=modules, patches=declared, budget=budget or 0
-    )
+    scenario = Scenario(kernel=kernel, modules=modules, patches=declared, budget=budget or 0)
     runner = StepRunner(scenario, att=att)
     results = []
     for result in _stages(runner, list(declared), wanted):

@@ -140,7 +140,9 @@ def _entries(state: FtraceState, memory: Memory, layouts: Layouts, address: int)
         return
     if bits > FTRACE_HASH_MAX_BITS:
         state.hash_damage.append(
-            Damage(f"a hash has size_bits {bits:#x}, at most {FTRACE_HASH_MAX_BITS}", found.member_("size_bits"))
+            Damage(
+                f"a hash has size_bits {bits:#x}, at most {FTRACE_HASH_MAX_BITS}", found.member_("size_bits")
+            )
         )
         return
     for index in range(1 << bits):
@@ -162,7 +164,9 @@ def _entries(state: FtraceState, memory: Memory, layouts: Layouts, address: int)
             yield ip
             link = at
     if number != count:
-        state.hash_damage.append(Damage(f"a hash counts {count} entries and has {number}", found.member_("count")))
+        state.hash_damage.append(
+            Damage(f"a hash counts {count} entries and has {number}", found.member_("count"))
+        )
 
 
 def _bucket_of(bits: int, ip: int) -> int:

@@ -44,9 +44,12 @@ def broken_links(subject: Subject, head: int) -> Iterator[Break]:
 
 
 def _walk(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]:
-    """Nodes in one direction while each agrees with the link back; True if that led back to the head."""
+    """Nodes in one direction while each agrees with the link back; True if that led back to the head.
+
+    This ends: a node that came up twice would have to agree with two different links back.
+    """
     found: list[int] = []
-    at, seen = head, {head}
+    at = head
     try:
         while True:
             following = read_u64(subject.memory, at + direction)
@@ -54,9 +57,6 @@ def _walk(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]
                 return found, False
             if following == head:
                 return found, True
-            if following in seen:
-                return found, False
-            seen.add(following)
             found.append(following)
             at = following
     except MemoryFault:

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+from objects import run
 
 from elf.eh_frame import CallFrames, read_eh_frame
 from elf.errors import ElfError
 from elf.image import Image
 from elf.relocation import apply_relocations
-from tests.elf.objects import run
 
 BUILD = Path(__file__).parents[2] / "fixtures" / "build"
 

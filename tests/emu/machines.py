@@ -8,6 +8,7 @@ from typing import Any
 
 from elf.image import Image
 from emu.assembly import Code
+from emu.cpu import VCpu
 from emu.ftrace import FtraceOpsFl
 from emu.machine import Machine
 from emu.task import Task
@@ -45,7 +46,10 @@ def append_test_code(code: Code, layouts: Layouts, per_cpu: dict[str, int], fixu
     code.asm("add rsp, 8").jump("jmp", code.labels["loop_export_again"])
     code.align(16).label("own_int3").raw("cc 48c7c02a000000 c3")  # int3; mov rax, 42; ret
     code.align(16).label("own_ud2").raw("0f0b c3")
-    code.align(16).label("fill_flags").asm("pushfq\n pop rax\n ret")
+    code.align(16).label("redirect").asm(
+        f"mov rax, [rdx + {private}]\n mov [rcx + {layouts.offsetof('pt_regs', 'ip')}], rax\n ret"
+    )
+    code.align(16).label("late_fault").asm("again:\n nop\n dec rdi\n jnz again\n mov qword ptr [rdi], rdi\n ret")
 
 
 def boot(*, cpus: int = 1) -> Machine:
@@ -78,6 +82,13 @@ def registered(
 def count_of(machine: Machine, ops: Any) -> int:
     """How often `trace_count` ran for an ops."""
     return int.from_bytes(machine.space.read(ops.private, 8), "little")
+
+
+def in_the_middle(machine: Machine, cpu: VCpu, entry: int, **registers: int) -> None:
+    """Let a vCPU stand at `entry` as if it had just been called from outside, on the stack kept for streams."""
+    rsp = machine.stream_stack - 512
+    machine.space.write(rsp, machine.return_address.to_bytes(8, "little"))
+    cpu.set_registers({"rsp": rsp, "rip": entry, "eflags": 2} | registers)
 
 
 def site_of(machine: Machine, name: str) -> bytes:

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
+from shadow_stack import execute_with_shadow
 
 from elf.image import Image
 from emu.machine import Machine
 from emu.unwind import Unwinder
-from tests.emu.shadow import execute_with_shadow
 
 BUILD = Path(__file__).parents[2] / "fixtures" / "build"
 CALLS: list[tuple[str, tuple[int, ...]]] = [
@@ -43,7 +43,7 @@ def test_every_frame_is_found_at_every_instruction(
 
 
 def test_a_hooked_return_address_is_recovered_in_one_place(machine: Machine) -> None:
-    """unwind_recover_ret_addr(): whoever replaces return addresses on the stack tells the unwinder the real ones."""
+    """unwind_recover_ret_addr(): whoever hooks returns tells the unwinder the real addresses."""
     unwinder = Unwinder(machine)
     hooked = 0x1234
     seen = []

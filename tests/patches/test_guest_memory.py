@@ -1,4 +1,5 @@
-"""Guest memory is the truth: after a raw store, and nothing else, the next guest call does what memory now says.
+"""Guest memory is the truth: after a raw store, and nothing else, the next guest call does what memory now
+says.
 
 Nothing of klpemu's own is called between the store and the call.
 """
@@ -51,7 +52,9 @@ def test_in_transition_the_task_decides(stacked: Kernel, raw: Raw, patch_state: 
     raw.put(raw.member("klp_func", top, "transition"), 1, 1)
     raw.put(state, patch_state, 4)
     assert stacked.call("area_of", 3, 4) == result
-    assert stacked.call("perimeter_of", 3, 4) == 1400, "a func that is not in transition does not ask the task"
+    assert stacked.call("perimeter_of", 3, 4) == 1400, (
+        "a func that is not in transition does not ask the task"
+    )
     raw.put(raw.member("klp_func", top, "transition"), 0, 1)
     raw.put(state, -1, 4)
     assert stacked.call("area_of", 3, 4) == 120000

@@ -1,4 +1,6 @@
-"""klp_ftrace_handler: the way it takes through func_stack, its WARNs, and a stack that can be walked at any time."""
+"""klp_ftrace_handler: the way it takes through func_stack, its WARNs, and a stack that can be walked at any
+time.
+"""
 
 from collections.abc import Callable
 

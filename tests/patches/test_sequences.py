@@ -1,7 +1,7 @@
 """Random sequences of enable, replace, disable and call, against a model that knows nothing of machine code.
 
-After each step verification holds, calls give what the model says, and the log has the kernel's lines and no others.
-When all patches are gone the machine is what it was.
+After each step verification holds, calls give what the model says, and the log has the kernel's lines and no
+others. When all patches are gone the machine is what it was.
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from livepatches import AREA, AREA_IN_CM, CHECKED_PERIMETER, PERIMETER, PERIMETER_IN_CM, livepatch
+from livepatches import AREA, AREA_IN_CM, BUILD, CHECKED_PERIMETER, PERIMETER, PERIMETER_IN_CM, livepatch
 
+from emu.memory import read_u64
 from klpemu import Func, Kernel, Patch
 
 ALL = (
@@ -82,9 +83,16 @@ class Model:
 
 
 def lines_of(name: str, direction: str) -> list[str]:
-    """What the kernel logs for one transition that completes at once (kernel/livepatch, with dynamic debug on)."""
+    """What the kernel logs for one transition that completes at once (kernel/livepatch, with dynamic debug
+    on).
+    """
     enabling = [f"livepatch: enabling patch '{name}'"] if direction == "patching" else []
-    steps = ("initializing {} transition", "starting {} transition", "completing {} transition", "{} complete")
+    steps = (
+        "initializing {} transition",
+        "starting {} transition",
+        "completing {} transition",
+        "{} complete",
+    )
     return enabling + [f"livepatch: '{name}': {step.format(direction)}" for step in steps]
 
 
@@ -96,7 +104,7 @@ def state(kernel: Kernel) -> dict[str, object]:
         "slab": sorted(machine.slab.live.items()),
         "area": sorted(machine.area.live.items()),
         "modules": list(machine.modules.objects),
-        "ops": machine.ftrace.ops_list.get() == machine.symbol("ftrace_list_end"),
+        "ops": read_u64(machine.space, machine.symbol("ftrace_ops_list")),
         "enabled_functions": machine.ftrace.enabled_functions(),
     }
 
@@ -169,11 +177,11 @@ def memory(kernel: Kernel) -> bytes:
 def module_patch(name: str, *, replace: bool = False) -> Patch:
     """A patch of two objects: vmlinux, and fix_area as the module to be patched."""
     objects = {"vmlinux": (AREA_IN_CM,), "fix_area": (Func("fixed_perimeter_of", "perimeter_in_cm"),)}
-    return Patch(name, objects, code=livepatch("fix_area2").code, replace=replace)
+    return Patch(name, objects, code=BUILD / "fix_area2.o", replace=replace)
 
 
 def test_a_patch_of_several_objects_patches_each_of_them(kernel: Kernel) -> None:
-    kernel.load_module(str(livepatch("fix_area").code))
+    kernel.load_module(BUILD / "fix_area.o")
     start = state(kernel)
     kernel.enable(module_patch("two_objects"))
     assert kernel.verify().holds
@@ -186,8 +194,10 @@ def test_a_patch_of_several_objects_patches_each_of_them(kernel: Kernel) -> None
 
 
 def test_a_replacing_patch_gives_back_what_it_drops_of_every_object(kernel: Kernel) -> None:
-    """The nop for a function of a module needs an object that the new patch does not have (a dynamic klp_object)."""
-    kernel.load_module(str(livepatch("fix_area").code))
+    """The nop for a function of a module needs an object that the new patch does not have (a dynamic
+    klp_object).
+    """
+    kernel.load_module(BUILD / "fix_area.o")
     kernel.enable(module_patch("two_objects"))
     kernel.enable(livepatch("fix_shapes", CHECKED_PERIMETER, replace=True))
     assert kernel.verify().holds

@@ -1,4 +1,4 @@
-"""Functions of stock modules, called before, during and after a patch; each result is computed again in Python.
+"""Functions of stock modules, called before, during and after a patch, and computed again in Python.
 
 The references (libraries, or a few lines each) share no code with the kernel.  What each function and its
 replacement give is in the table of fixtures/README.md.
@@ -29,9 +29,11 @@ Outcome = tuple[Any, Any, Any]
 
 
 def run(kernel: Kernel, function: str, *arguments: int | bytes) -> tuple[int, list[bytes]]:
-    """Call a guest function; bytes are passed as a pointer to a copy.  Returns RAX and what the copies hold then."""
+    """Call a guest function, bytes passed as a pointer to a copy; returns RAX and the copies' contents."""
     slab, space = kernel.machine.slab, kernel.machine.space
-    copies = [(slab.kmalloc(len(each), "argument"), len(each)) for each in arguments if isinstance(each, bytes)]
+    copies = [
+        (slab.kmalloc(len(each), "argument"), len(each)) for each in arguments if isinstance(each, bytes)
+    ]
     addresses = iter(copies)
     passed = []
     for each in arguments:
@@ -267,7 +269,9 @@ def test_the_site_of_a_stock_function_is_back_to_its_nop(
     assert before[1] == bytes.fromhex("0f1f440000")
 
 
-def test_eight_patches_are_enabled_together_and_removed_one_by_one(loaded: Kernel, fixtures_dir: Path) -> None:
+def test_eight_patches_are_enabled_together_and_removed_one_by_one(
+    loaded: Kernel, fixtures_dir: Path
+) -> None:
     random = Random("eight at once")
     for number, stock in enumerate(STOCK):
         loaded.enable(stock.patch(fixtures_dir))
@@ -375,9 +379,7 @@ def test_an_unknown_symbol_is_named_with_its_module(kernel: Kernel, stock_kernel
     checked(kernel)
 
 
-def test_what_cannot_run_here_fails_at_the_call(
-    kernel: Kernel, stock_kernel: StockKernel
-) -> None:
+def test_what_cannot_run_here_fails_at_the_call(kernel: Kernel, stock_kernel: StockKernel) -> None:
     kernel.load_module(stock_kernel.module("crct10dif_common"))
     kernel.load_module(stock_kernel.module("crct10dif_generic"))
     with pytest.raises(KlpemuError, match=r"crypto_register_shash, which exists but cannot run here"):
@@ -389,7 +391,9 @@ def test_a_stock_module_without_sites_is_refused_by_name(
     kernel: Kernel, stock_kernel: StockKernel, fixtures_dir: Path
 ) -> None:
     kernel.load_module(stock_kernel.module("crc7"))
-    patch = Patch("fix_crc7", {"crc7": [Func("crc7_be", "fixed_crc_t10dif_generic")]}, fixtures_dir / "fix_crct10dif.o")
+    patch = Patch(
+        "fix_crc7", {"crc7": [Func("crc7_be", "fixed_crc_t10dif_generic")]}, fixtures_dir / "fix_crct10dif.o"
+    )
     with pytest.raises(KernelErrno, match="failed to find location for function 'crc7_be'"):
         kernel.enable(patch)
     assert "livepatch: failed to find location for function 'crc7_be'" in kernel.log

@@ -1,4 +1,6 @@
-"""Whatever byte of guest memory is damaged, verification comes to an end, says something, and changes nothing."""
+"""Whatever byte of guest memory is damaged, verification comes to an end, says something, and changes
+nothing.
+"""
 
 from collections.abc import Iterator
 
@@ -7,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from livepatches import fix_area, fix_area2
 
-from emu.paging import Access
 from klpemu import Kernel
 from patches.invariants.finding import Report
 
@@ -42,12 +43,11 @@ def damaged() -> Kernel:
 )
 @given(data=st.data())
 def test_verification_survives_any_damage(damaged: Kernel, data: st.DataObject) -> None:
-    kernel, space = damaged, damaged.machine.space
+    kernel = damaged
     candidates = list(pages(kernel))
     where = st.tuples(st.sampled_from(candidates), st.integers(0, PAGE - 1), st.integers(1, 255))
     damage = {page + at: flip for page, at, flip in data.draw(st.lists(where, min_size=1, max_size=12))}
     check(kernel, damage)
-    assert space.access(candidates[0]) in Access
 
 
 @settings(

@@ -1,8 +1,9 @@
-"""One thing is damaged by a raw store; verification says which invariant, where, and both versions of the bytes.
+"""One thing is damaged by a raw store; verification says which invariant, where, and both versions of the
+bytes.
 
-Each case names every invariant that may report: the one that is about the damaged thing, and those for which it is a
-physical consequence (a call through a damaged site cannot arrive, a record without its ops adds up to something
-else).  Anything more fails the test.
+Each case names every invariant that may report: the one that is about the damaged thing, and those for which
+it is a physical consequence (a call through a damaged site cannot arrive, a record without its ops adds up to
+something else).  Anything more fails the test.
 """
 
 from collections.abc import Callable
@@ -73,15 +74,11 @@ def in_ops(member: str, byte: int = 0) -> Callable[[Kernel, Raw], int]:
 
 
 def in_func(member: str, depth: int = 0, byte: int = 0) -> Callable[[Kernel, Raw], int]:
-    return lambda kernel, raw: (
-        raw.member("klp_func", raw.funcs(area_ops(kernel, raw))[depth], member) + byte
-    )
+    return lambda kernel, raw: raw.member("klp_func", raw.funcs(area_ops(kernel, raw))[depth], member) + byte
 
 
 def in_patch(member: str, byte: int = 0) -> Callable[[Kernel, Raw], int]:
-    return lambda kernel, raw: (
-        raw.member("klp_patch", kernel.enabled[0].guest.address_, member) + byte
-    )
+    return lambda kernel, raw: raw.member("klp_patch", kernel.enabled[0].guest.address_, member) + byte
 
 
 def in_record(member: str, byte: int = 0) -> Callable[[Kernel, Raw], int]:
@@ -127,9 +124,7 @@ CASES = {
     "the common ftrace_caller": Damage(symbol("ftrace_caller", 3), TEXT, "ftrace_caller+0x0/"),
     "the call in the common ftrace_caller": Damage(symbol("ftrace_call", 1), TEXT, "ftrace_call+0x0/"),
     "the common ftrace_regs_caller": Damage(symbol("ftrace_regs_caller"), TEXT, "ftrace_regs_caller+0x0/"),
-    "the list function": Damage(
-        symbol("arch_ftrace_ops_list_func"), TEXT, "arch_ftrace_ops_list_func+0x0/"
-    ),
+    "the list function": Damage(symbol("arch_ftrace_ops_list_func"), TEXT, "arch_ftrace_ops_list_func+0x0/"),
     # The private trampoline: 0xc2 bytes of code, the return, the pointer, the rest of its page.
     **{
         f"a trampoline's {name}": Damage(
@@ -145,9 +140,7 @@ CASES = {
             ("ops pointer", 0xC7, 0xC7),
         )
     },
-    "the int3 behind a trampoline's return": Damage(
-        trampoline(0xC3), TRAMPOLINES, "ftrace_trampoline+0xc3/"
-    ),
+    "the int3 behind a trampoline's return": Damage(trampoline(0xC3), TRAMPOLINES, "ftrace_trampoline+0xc3/"),
     "the page behind a trampoline": Damage(trampoline(0xFFF), TRAMPOLINES, "0xffffffffc0"),
     # Lists.  A link that is broken in one direction takes nothing away from the other.
     "klp_ops.node.next": Damage(in_ops("node.next"), LISTS, "klp_ops of area_of+0x0/"),
@@ -169,9 +162,7 @@ CASES = {
     "the task list": Damage(in_task("tasks.next"), LISTS, "task_struct init+0x"),
     "the trampoline list": Damage(in_ops("fops.list.next"), LISTS, "klp_ops of area_of+0x"),
     # ftrace_ops_list has no way back: what is behind the damage is lost for everyone who reads it.
-    "ftrace_ops_list": Damage(
-        symbol("ftrace_ops_list", 5), LISTS, "0x", frozenset({RECORDS})
-    ),
+    "ftrace_ops_list": Damage(symbol("ftrace_ops_list", 5), LISTS, "0x", frozenset({RECORDS})),
     "ftrace_ops.next": Damage(
         lambda kernel, raw: raw.member("ftrace_ops", raw.u64(raw.symbol("ftrace_ops_list")), "next") + 5,
         LISTS,
@@ -186,9 +177,9 @@ CASES = {
     ),
     "a record's ENABLED flag": Damage(in_record("flags", 3), RECORDS, "area_of+0x0/", mask=0x80),
     "the flags of another record": Damage(
-        lambda kernel, raw: kernel.machine.ftrace.records.lookup_rec(
-            *[kernel.site_of("fib")[0]] * 2
-        ).address_ + 8,
+        lambda kernel, raw: (
+            kernel.machine.ftrace.records.lookup_rec(*[kernel.site_of("fib")[0]] * 2).address_ + 8
+        ),
         RECORDS,
         "fib+0x0/",
         mask=0x01,
@@ -209,7 +200,9 @@ CASES = {
     "nop of the top func": Damage(in_func("nop"), STACKS, "area_of+0x0/", ALSO_STREAM, mask=0x01),
     "nop of the func below": Damage(in_func("nop", 1), STACKS, "area_of+0x0/", mask=0x01),
     "old_func of the top func": Damage(in_func("old_func"), STACKS, "klp_ops of area_of+0x10/"),
-    "patched of the top func": Damage(in_func("patched"), STACKS, "klp_func[] of patch fix_area2+0x91/", mask=1),
+    "patched of the top func": Damage(
+        in_func("patched"), STACKS, "klp_func[] of patch fix_area2+0x91/", mask=1
+    ),
     "transition of the func below": Damage(
         in_func("transition", 1), STACKS, "klp_func[] of patch fix_area+0x92/", mask=1
     ),

@@ -14,7 +14,16 @@ STREAMS = "calls_reach_the_expected_function"
 SPARE = 0x72
 SPARE_CODE = bytes.fromhex("48c784248800000000000000")
 # Offset of the load of each register in the trampoline's restore_mcount_regs.
-RESTORES = {"rbp": 0x93, "r9": 0x98, "r8": 0x9D, "rdi": 0xA2, "rsi": 0xA7, "rdx": 0xAC, "rcx": 0xB1, "rax": 0xB6}
+RESTORES = {
+    "rbp": 0x93,
+    "r9": 0x98,
+    "r8": 0x9D,
+    "rdi": 0xA2,
+    "rsi": 0xA7,
+    "rdx": 0xAC,
+    "rcx": 0xB1,
+    "rax": 0xB6,
+}
 
 
 def trampoline_of(kernel: Kernel, raw: Raw) -> int:

@@ -15,9 +15,9 @@ def execute_with_shadow(
 ) -> Iterator[tuple[dict[str, int], list[int]]]:
     """Call guest code one instruction at a time.
 
-    Before each, yields the registers and what a right unwinder must find: the interrupted address, then the return
-    addresses, innermost first.  They are read from the slots that calls pushed them to, since a handler may have
-    changed one.
+    Before each, yields the registers and what a right unwinder must find: the interrupted address, then the
+    return addresses, innermost first.  They are read from the slots that calls pushed to, since a handler
+    may have changed one.
     """
     cpu = machine.tracer
     cpu.set_gs_base(machine.cpus[0].gs_base)
