@@ -42,11 +42,11 @@ mypy: .venv/.installed-test
 
 pytest: .venv/.installed-test
 	@echo "== pytest, without the slow tests"
-	@$(BIN)/pytest -m "not slow"
+	@$(BIN)/pytest -m "not slow" -n auto
 
 test-slow: .venv/.installed-test
 	@echo "== pytest, all"
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto
 
 real: .venv/.installed
 	@$(BIN)/python -m klpemu.stock_kernel

@@ -35,9 +35,9 @@ class FrameKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class UnwindRow:
-    """How to leave one frame: caller's rsp = base + offset; its rbp is at caller's rsp + `bp_offset`.
+    """How to leave one frame: the caller's rsp is `base` + `offset`.
 
-    `bp_offset` is None where rbp is not kept on the stack; `bp_from_bp` says that the rbp is kept at rbp + `bp_offset` instead.
+    The caller's rbp is kept at its rsp + `bp_offset`, or at rbp + `bp_offset` if `bp_from_bp`; None: it is in rbp.
     """
 
     base: FrameBase

@@ -117,6 +117,11 @@ class VCpu:
             self._values[_INDEX[name]] = value & 0xFFFF_FFFF_FFFF_FFFF
         uclib.uc_reg_write_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
 
+    def reset(self) -> None:
+        """Every register as right after long mode was entered: nothing that ran before has a say any more."""
+        self._uc.context_restore(self._clean)
+        self.set_gs_base(self.gs_base)
+
     def set_gs_base(self, address: int) -> None:
         """Point GS at another per-CPU area: the tracing instance stands in for any vCPU."""
         self.gs_base = address

@@ -176,7 +176,8 @@ def fortify_panic(machine: "Machine", name: int) -> None:
 def _printk(machine: "Machine", text: int) -> int:
     """Append the format string to the log as it is; conversions are not carried out."""
     line = read_string(machine.space, text)
-    machine.log.pr_info(line.lstrip("\x01").rstrip("\n"))
+    message = line[2:] if line.startswith("\x01") else line  # KERN_SOH and a level (printk_get_level())
+    machine.log.pr_info(message.rstrip("\n"))
     return len(line)
 
 

@@ -132,6 +132,7 @@ class Hub:
     def finish(self, task: Task, activity: Activity) -> Any:
         """Run until `activity`, which is the task's, is done; returns its result or raises its error."""
         if self._running is not None:
+            task.activities.remove(activity)
             raise KlpemuError("a service waits at its door, it does not drive the hub")
         self._greenlet = greenlet.getcurrent()
         picked = task

@@ -17,6 +17,7 @@ from elf.mcount import Site, SiteKind, fentry_sites, functions_at
 from elf.symbols import Symbol
 from emu.errno import KernelErrno
 from emu.list import list_add_rcu, list_del_rcu
+from emu.paging import Access
 from emu.placement import Placement, lay_out
 from emu.text_poke import CALL_OPCODE, NOP5, text_gen_insn
 
@@ -38,7 +39,7 @@ MODULE_NAME_LEN = 56
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Executable bytes as the file and its relocations give them, before any site was touched."""
+    """Pages that are not writable, as the file and its relocations give them, before any site was touched."""
 
     name: str
     address: int
@@ -217,11 +218,19 @@ class ModuleLoader:
 
 
 def texts_of(placement: Placement, name: str) -> list[Text]:
-    """The executable sections of a relocated object, as they are now."""
-    return [
-        Text(f"{name or 'vmlinux'}:{section.name}", address, bytes(placement.contents[section.index]))
-        for section, address in placement.text_sections()
-    ]
+    """What nobody may write of a relocated object: text and read-only data, the gaps included."""
+    texts = []
+    for group in placement.groups:
+        if group.access is Access.WRITE:
+            continue
+        data = bytearray(group.size)
+        for index, address in placement.addresses.items():
+            if group.start <= address < group.start + group.size and index in placement.contents:
+                start = address - group.start
+                data[start : start + len(placement.contents[index])] = placement.contents[index]
+        kind = "text" if group.access is Access.EXECUTE else "rodata"
+        texts.append(Text(f"{name or 'vmlinux'}:{kind}", group.start, bytes(data)))
+    return texts
 
 
 def _refuse_missing(symbol: Symbol, name: str) -> int:

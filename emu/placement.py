@@ -5,7 +5,7 @@ layout_sections() of kernel/module/main.c groups them.  Per-CPU sections get off
 addresses.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from elf.errors import ElfError, RelocationError
@@ -85,13 +85,6 @@ class Placement:
                     )
                 apply_relocations(self.image, rela, target=data, target_address=address, symbol_values=values)
 
-    def text_sections(self) -> Iterator[tuple[Section, int]]:
-        """Executable sections with their guest virtual addresses."""
-        for index, address in self.addresses.items():
-            section = self.image.sections[index]
-            if section.is_exec:
-                yield section, address
-
     def ksyms(self, module: str) -> list[Ksym]:
         """What kallsyms knows of this object: each named symbol in a loaded section, in symbol-table order.
 
@@ -140,8 +133,10 @@ def lay_out(image: Image, base: Callable[[int], int], per_cpu: Callable[[int, in
     for section in image.sections:
         if not section.is_alloc:
             continue
+        # Empty sections have a place, too: code may refer to one (`.bss + 0`).
         if section.name.startswith(".data..percpu"):
-            per_cpu_sections.append(section)
+            if section.size:
+                per_cpu_sections.append(section)
         else:
             kinds[_access(section)].append(section)
     offsets: dict[int, int] = {}

@@ -77,7 +77,9 @@ class Slab:
         self._space.write(address, _poison(size))
         self._quarantine.append((address, size, tag))
         if len(self._quarantine) > QUARANTINE_OBJECTS:
-            at, size, _ = self._quarantine.popleft()
+            at, size, tag = self._quarantine.popleft()
+            if self._space.read(at, size) != _poison(size):
+                raise KlpemuError(f"{tag} was written to after it was freed", where=f"{at:#018x}")
             self._free.setdefault(_class_of(size), []).append(at)
 
     def corruptions(self, memory: Memory) -> list[Corruption]:

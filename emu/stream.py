@@ -40,6 +40,7 @@ class Stream:
 def execute_stream(machine: "Machine", entry: int, stop_at: int, limit: int = STREAM_LIMIT) -> Stream:
     """Execute from `entry` as if it had just been called, until RIP is `stop_at`."""
     cpu = machine.tracer
+    cpu.reset()
     cpu.set_gs_base(machine.cpus[0].gs_base)
     before = {name: 0x1111_1111_1111_1111 * (index % 15 + 1) for index, name in enumerate(REGISTERS)}
     rsp = machine.stream_stack - 8 * STACK_WORDS - 8

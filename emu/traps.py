@@ -29,7 +29,7 @@ CALLERS_SHOWN = 16
 class GuestFault(KlpemuError):  # noqa: N818
     """Guest code could not go on.
 
-    `registers`, `last` (the last instructions) and `stack` (the callers, innermost first) say how it got there.
+    `registers`, `last` (the last instructions) and `stack` (callers, innermost first) say how it got there.
     """
 
     def __init__(

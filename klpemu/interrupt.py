@@ -1,8 +1,8 @@
 """Ctrl-C while the guest runs.
 
 Python handles a signal between two of its own instructions, and a guest call is one long call into Unicorn.
-With a big instruction budget an endless guest would have to be waited for.  So a second thread watches for the
-signal, and ends the process if the first one has not done so after a moment.
+With a big instruction budget an endless guest would have to be waited for.  So a second thread watches for
+the signal, and ends the process if the first one has not done so after a moment.
 """
 
 import os

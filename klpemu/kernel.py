@@ -1,5 +1,6 @@
 """The front door for Python: a kernel, patches enabled and disabled on it, calls, traces and checks."""
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,7 @@ class Kernel:
         self.klp = Klp(machine)
         self.enabled: list[EnabledPatch] = []
         self._refused: KlpemuError | None = None
-        self._baseline = self._allocations()
+        self._baseline = set(self._allocations())
         machine.traps.exports["klp_enable_patch"] = self._klp_enable_patch
 
     @classmethod
@@ -88,14 +89,22 @@ class Kernel:
     def load_module(self, path: str | PathLike[str]) -> str:
         """Load a module to be patched; returns its name."""
         image = Image.open(fspath(path))
+        before = self._allocations().keys()
         loaded: LoadedObject = self._serve("load_module", lambda: self.machine.modules.load_module(image))
-        self._baseline = self._allocations()
+        self._baseline |= self._allocations().keys() - before
         return loaded.name
 
     def unload_module(self, name: str) -> None:
-        """Unload a module again."""
+        """Unload a module again; refused while a patch changes it or has its code in it."""
+        for each in self.enabled:
+            if name == each.patch.name or name in each.patch.objects:
+                raise KernelErrno(
+                    errno.EWOULDBLOCK,
+                    f"module '{name}' is in use",
+                    advice=f"disable '{each.patch.name}' first",
+                )
         self._serve("unload_module", lambda: self.machine.modules.unload_module(name))
-        self._baseline = self._allocations()
+        self._baseline &= self._allocations().keys()
 
     # Patching.
 
@@ -138,7 +147,7 @@ class Kernel:
         name = patch if isinstance(patch, str) else patch.name
         found = next((each for each in self.enabled if each.patch.name == name), None)
         if found is None:
-            raise KernelErrno(2, f"patch '{name}' is not enabled", advice="enable it first")
+            raise KernelErrno(errno.ENOENT, f"patch '{name}' is not enabled", advice="enable it first")
         self._serve(f"disable {name}", lambda: core.enabled_store(self.klp, found.guest, False))
 
     # Looking.

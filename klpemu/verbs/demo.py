@@ -17,7 +17,7 @@ __all__ = ["DEMO", "demo"]
 DEMO = "builtin:demo.toml"
 
 
-@click.command()
+@click.command(short_help="The main job on the built-in fixtures, told stage by stage.")
 @att_option
 @output_options
 def demo(att: bool, as_json: bool, color: str) -> None:

@@ -16,7 +16,7 @@ from klpemu.verbs.options import FINDINGS, att_option, output_options
 __all__ = ["run"]
 
 
-@click.command()
+@click.command(short_help="Run scenarios, verifying after each step.")
 @click.argument("scenarios", nargs=-1, required=True, type=locate, metavar="SCENARIO.toml...")
 @att_option
 @output_options

@@ -35,7 +35,7 @@ class _FoundSite:
     functions: tuple[str, ...]
 
 
-@click.command()
+@click.command(short_help="Fentry sites of ELF files.")
 @click.argument("files", nargs=-1, required=True, type=locate, metavar="FILE...")
 @click.option("--summary", is_flag=True, help="One line a file instead of one a site.")
 @output_options

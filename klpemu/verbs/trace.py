@@ -16,7 +16,9 @@ from klpemu.verbs.options import FINDINGS, att_option, budget_option, kernel_opt
 __all__ = ["trace"]
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(
+    short_help="The executed instructions of one call.", context_settings={"ignore_unknown_options": True}
+)
 @click.argument("symbol")
 @click.argument("arguments", nargs=-1, metavar="[ARG]...")
 @kernel_options

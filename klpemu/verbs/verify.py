@@ -18,7 +18,7 @@ from klpemu.verbs.options import FINDINGS, att_option, budget_option, kernel_opt
 __all__ = ["verify"]
 
 
-@click.command()
+@click.command(short_help="Enable patches, check everything, remove them all.")
 @click.argument("patches", nargs=-1, required=True, metavar="PATCH...")
 @kernel_options
 @click.option(

@@ -49,7 +49,9 @@ def append_test_code(code: Code, layouts: Layouts, per_cpu: dict[str, int], fixu
     code.align(16).label("redirect").asm(
         f"mov rax, [rdx + {private}]\n mov [rcx + {layouts.offsetof('pt_regs', 'ip')}], rax\n ret"
     )
-    code.align(16).label("late_fault").asm("again:\n nop\n dec rdi\n jnz again\n mov qword ptr [rdi], rdi\n ret")
+    code.align(16).label("late_fault").asm(
+        "again:\n nop\n dec rdi\n jnz again\n mov qword ptr [rdi], rdi\n ret"
+    )
 
 
 def boot(*, cpus: int = 1) -> Machine:
@@ -58,7 +60,12 @@ def boot(*, cpus: int = 1) -> Machine:
 
 
 def new_ops(
-    machine: Machine, sites: Iterable[str] = (), *, func: str = "trace_count", flags: int = 0, private: int = 0
+    machine: Machine,
+    sites: Iterable[str] = (),
+    *,
+    func: str = "trace_count",
+    flags: int = 0,
+    private: int = 0,
 ) -> Any:
     """A view of a `struct ftrace_ops` in guest memory; without `private` it gets a counter of its own."""
     ops = machine.view("ftrace_ops", machine.slab.kzalloc(machine.layouts.sizeof("ftrace_ops"), "ftrace_ops"))

@@ -9,7 +9,9 @@ from emu.stream import traced
 from emu.traps import GuestFault
 
 
-def fault_and_trace(function: str, *arguments: int, budget: int | None = None) -> tuple[GuestFault, list[int]]:
+def fault_and_trace(
+    function: str, *arguments: int, budget: int | None = None
+) -> tuple[GuestFault, list[int]]:
     """The fault of a call, and all that the same call executes on the tracing vCPU of another machine."""
     found = []
     for trace in (False, True):

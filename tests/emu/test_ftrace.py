@@ -245,7 +245,9 @@ def test_enabled_functions_has_the_recorded_form(machine: Machine) -> None:
     ops = registered(machine, ["area_of"], flags=IPMODIFY)
     handler = f"trace_count+0x0/{machine.kallsyms.named('trace_count')[0].size:#x}"
     recorded = RECORDED["enabled_functions"][0]
-    expected = recorded.replace("cmdline_proc_show", "area_of").replace("klp_ftrace_handler+0x0/0x110", handler)
+    expected = recorded.replace("cmdline_proc_show", "area_of").replace(
+        "klp_ftrace_handler+0x0/0x110", handler
+    )
     expected = expected.replace("0xffffffffc0209000", f"{ops.trampoline:#018x}")
     assert machine.ftrace.enabled_functions() == [expected]
 

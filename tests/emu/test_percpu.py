@@ -16,8 +16,10 @@ def new() -> PerCpu:
 
 def test_allocations_are_aligned_and_do_not_overlap() -> None:
     percpu = new()
-    offsets = [percpu.alloc(size, alignment) for size, alignment in ((3, 1), (8, 8), (1, 1), (64, 64), (5, 4))]
-    assert offsets == [0, 8, 16, 64, 128]
+    offsets = [
+        percpu.alloc(size, alignment) for size, alignment in ((3, 1), (8, 8), (9, 1), (64, 64), (5, 4))
+    ]
+    assert offsets == [0, 8, 16, 64, 28]
 
 
 def test_freed_room_is_used_again_where_it_fits() -> None:

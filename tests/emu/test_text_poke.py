@@ -72,7 +72,9 @@ def test_the_stores_of_enabling_and_disabling_are_the_recorded_ones(machine: Mac
     enabled = poked_phases(machine, start)
     machine.ftrace.unregister_ftrace_function(ops)
     disabled = poked_phases(machine, middle)
-    assert normalised(enabled + disabled) == normalised(recorded_phases("enable") + recorded_phases("disable"))
+    assert normalised(enabled + disabled) == normalised(
+        recorded_phases("enable") + recorded_phases("disable")
+    )
 
 
 def test_every_stage_of_a_poke_is_followed_by_a_sync(machine: Machine) -> None:
@@ -128,7 +130,9 @@ def test_many_sites_go_out_in_batches_of_as_many_as_fit_a_page(machine: Machine)
     for each in (ips[0], *ips[1:]):
         machine.poker.text_poke_queue(each, call_at(each, machine.fentry))
     machine.poker.text_poke_finish()
-    stages = [event.address for event in machine.events if event.kind is EventKind.POKE and event.note[-1] == "1"]
+    stages = [
+        event.address for event in machine.events if event.kind is EventKind.POKE and event.note[-1] == "1"
+    ]
     assert stages == ips
     syncs = [event for event in machine.events if event.kind is EventKind.SYNC]
     assert len(syncs) == 9
@@ -261,7 +265,9 @@ def test_every_door_of_a_registration_lets_a_whole_call_through() -> None:
 
 
 @pytest.mark.parametrize(("opcode", "pushes"), [(0xE8, True), (0xE9, False)])
-def test_the_int3_step_changes_rip_only_and_a_call_pushes_its_return_address(opcode: int, pushes: bool) -> None:
+def test_the_int3_step_changes_rip_only_and_a_call_pushes_its_return_address(
+    opcode: int, pushes: bool
+) -> None:
     machine = boot(cpus=2)
     poking, calling = machine.tasks
     site, target = machine.symbol("area_of"), machine.symbol("tail_inner")

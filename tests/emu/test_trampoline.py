@@ -46,7 +46,10 @@ def test_a_regs_trampoline_is_the_common_one_with_its_jump_a_two_byte_nop(machin
     ops = registered(machine, ["area_of"], flags=REGS)
     start, end = machine.symbol("ftrace_regs_caller"), machine.symbol("ftrace_regs_caller_end")
     jump = machine.symbol("ftrace_regs_caller_jmp") - start
-    call, load = machine.symbol("ftrace_regs_call") - start, machine.symbol("ftrace_regs_caller_op_ptr") - start
+    call, load = (
+        machine.symbol("ftrace_regs_call") - start,
+        machine.symbol("ftrace_regs_caller_op_ptr") - start,
+    )
     assert end - start == 327
     common = bytearray(machine.space.read(start, end - start))
     assert common[jump] == 0x75

@@ -5,6 +5,8 @@ import re
 import pytest
 from command_line import klpemu
 
+SITE = re.compile(r"^ +((?:[0-9a-f]{2} ){4}[0-9a-f]{2})  (\w+)", re.MULTILINE)
+
 
 @pytest.fixture(scope="module")
 def stages() -> list[str]:
@@ -26,10 +28,8 @@ def test_each_stage_returns_what_the_function_on_top_returns(stages: list[str]) 
 
 
 def test_each_stage_shows_the_bytes_of_the_site(stages: list[str]) -> None:
-    """A NOP, a call while area_of is patched, the same call when patched again, and the same NOP at the end."""
-    codes = [
-        re.search(r"^ +((?:[0-9a-f]{2} ){4}[0-9a-f]{2})  (\w+)", stage, re.MULTILINE) for stage in stages
-    ]
+    """A NOP, a call while area_of is patched, the same call when patched again, and the NOP again."""
+    codes = [SITE.search(stage) for stage in stages]
     assert [found and found[2] for found in codes] == ["nop", "call", "call", "nop", "nop"]
     assert [found and found[1] for found in codes][3:] == ["0f 1f 44 00 00"] * 2
     assert codes[1] is not None

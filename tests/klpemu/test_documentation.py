@@ -1,8 +1,8 @@
 """The transcripts in the documentation are what the program prints.
 
-A block marked `console` holds commands behind `$ ` and what they print; a block marked `toml NAME` is a file that
-they find.  After a change that is meant, `KLPEMU_UPDATE_DOCS=1 pytest tests/klpemu/test_documentation.py` writes
-the new output into the documentation.
+A block marked `console` holds commands behind `$ ` and what they print; a block marked `toml NAME` is a file
+that they find.  After a change that is meant, this file run with KLPEMU_UPDATE_DOCS=1 writes the new output
+into the documentation.
 """
 
 import os

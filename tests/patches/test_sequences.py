@@ -152,7 +152,7 @@ def test_any_sequence_of_steps_keeps_every_invariant(steps: list[tuple[str, str 
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(STEP, min_size=1, max_size=30))
 def test_any_long_sequence_of_steps_keeps_every_invariant(steps: list[tuple[str, str | int, bool]]) -> None:
     run(Kernel.load(), steps)

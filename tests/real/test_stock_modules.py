@@ -5,6 +5,8 @@ replacement give is in the table of fixtures/README.md.
 """
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,6 +404,38 @@ def test_a_stock_module_without_sites_is_refused_by_name(
     data = b"\x40\x00\x00\x00\x00"
     result, _ = run(kernel, "crc7_be", 0, data, len(data))
     assert result & 0xFF == 0x95 & ~1  # the CMD0 of an SD card: 0x4a << 1, its end bit not yet set
+
+
+def test_a_module_that_refers_to_its_empty_bss_is_loaded(kernel: Kernel, stock_kernel: StockKernel) -> None:
+    # What it needs from others is not called here.
+    kernel.machine.modules.missing = lambda symbol, module: kernel.machine.return_address
+    assert kernel.load_module(stock_kernel.module("sunkbd")) == "sunkbd"
+    checked(kernel)
+
+
+def verify(module: Path, patch: str) -> subprocess.CompletedProcess[str]:
+    """Run `klpemu verify`."""
+    command = [sys.executable, "-m", "klpemu", "verify", "--module", str(module), patch]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@by_name
+def test_klpemu_verify_accepts_the_patch_of_a_stock_module(
+    stock_kernel: StockKernel, fixtures_dir: Path, stock: Stock
+) -> None:
+    pair = f"{stock.module}:{stock.function}=fixed_{stock.function}"
+    done = verify(stock_kernel.module(stock.module), f"{fixtures_dir / stock.code}.o:{pair}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_klpemu_verify_refuses_a_stock_module_without_sites_by_name(
+    stock_kernel: StockKernel, fixtures_dir: Path
+) -> None:
+    pair = "crc7:crc7_be=fixed_crc_t10dif_generic"
+    done = verify(stock_kernel.module("crc7"), f"{fixtures_dir / 'fix_crct10dif.o'}:{pair}")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "crc7_be" in done.stderr
 
 
 def _s32(value: int) -> int:

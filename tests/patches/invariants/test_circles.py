@@ -1,4 +1,4 @@
-"""Lists and hashes that lead in a circle or to the wrong place: reading them ends, and the report says where."""
+"""Lists and hashes that lead in a circle or to the wrong place: reading ends, and the report says where."""
 
 from collections.abc import Callable
 
