@@ -37,7 +37,8 @@ class FrameKind(enum.Enum):
 class UnwindRow:
     """How to leave one frame: the caller's rsp is `base` + `offset`.
 
-    The caller's rbp is kept at its rsp + `bp_offset`, or at rbp + `bp_offset` if `bp_from_bp`; None: it is in rbp.
+    The caller's rbp is kept at its rsp + `bp_offset`, or at rbp + `bp_offset` if `bp_from_bp`; None says that
+    it is in rbp.
     """
 
     base: FrameBase

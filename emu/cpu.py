@@ -48,7 +48,8 @@ EFLAGS_FIXED = 1 << 1
 
 INTERRUPT_BREAKPOINT = 3
 INTERRUPT_PAGE_FAULT = 14
-TRANSLATION_BUFFER = 16 << 20
+# Room for the translated code of 10,000 redirected functions; with less, each call translates anew.
+TRANSLATION_BUFFER = 128 << 20
 
 
 class StopKind(enum.Enum):

@@ -11,6 +11,8 @@ variant keeps the flags and the rest, too, but for r11.
 code over guest data (kernel/trace/ftrace.c, __ftrace_ops_list_func() and ftrace_ops_test()).
 """
 
+from dataclasses import dataclass
+
 from emu.assembly import Code
 from emu.view import Layouts
 
@@ -19,7 +21,8 @@ __all__ = [
     "RECURSION_BITS",
     "append_entry_code",
     "append_list_func",
-    "recursion_trylock",
+    "append_recursion_retry",
+    "append_recursion_trylock",
     "recursion_unlock",
 ]
 
@@ -79,37 +82,47 @@ def append_entry_code(code: Code, layouts: Layouts, fixups: dict[int, str]) -> N
     code.asm(frame.restore(saved=8)).asm("popfq\n ret")
 
 
-def recursion_trylock(layouts: Layouts, group: str, percpu: dict[str, int]) -> str:
-    """Assembly of ftrace_test_recursion_trylock(): the bit's mask in r8d, or a jump to `recursion`; uses rax,
-    r9.
+@dataclass(frozen=True, slots=True)
+class RecursionLock:
+    """Places of a trylock in the code: the jump taken if the bit is in use, and where a bit is set."""
 
-    Interrupts are not modelled, so the context is always the normal one, and the transition bit is the one
-    retry.
+    group: str
+    busy: int
+    set: int
+
+
+def append_recursion_trylock(
+    code: Code, layouts: Layouts, group: str, percpu: dict[str, int]
+) -> RecursionLock:
+    """Append ftrace_test_recursion_trylock(): current in rax, the mask of the bit in r8; uses r9.
+
+    Interrupts are not modelled, so the context is always the normal one.
     """
-    normal, transition = RECURSION_BITS[group]
     recursion = layouts.offsetof("task_struct", "trace_recursion")
-    return f"""
+    code.asm(f"""
         mov rax, qword ptr gs:[{percpu["current_task"]}]
         mov r9, [rax + {recursion}]
-        mov r8d, {1 << normal}
+        mov r8d, {1 << RECURSION_BITS[group][0]}
         test r9d, r8d
-        jz trylock_set
-        mov r8d, {1 << transition}
-        test r9d, r8d
-        jnz recursion
-    trylock_set:
-        or r9, r8
-        mov [rax + {recursion}], r9
-        {_gs_dword("inc", percpu["__preempt_count"])}
-    """
+    """)
+    busy = code.jump("jnz")
+    lock = RecursionLock(group, busy, len(code.bytes))
+    code.asm(f"or r9, r8\n mov [rax + {recursion}], r9\n {_gs_dword('inc', percpu['__preempt_count'])}")
+    return lock
+
+
+def append_recursion_retry(code: Code, lock: RecursionLock) -> None:
+    """Append where the busy jump goes: the transition bit is the one retry; falls through if it is in use."""
+    code.land(lock.busy)
+    code.asm(f"mov r8d, {1 << RECURSION_BITS[lock.group][1]}\n test r9d, r8d")
+    code.jump("jz", lock.set)
 
 
 def recursion_unlock(layouts: Layouts, percpu: dict[str, int], mask: str) -> str:
-    """Assembly of ftrace_test_recursion_unlock() for the bit whose mask is in a 64-bit register; uses rax."""
+    """Assembly of ftrace_test_recursion_unlock(): current in rax, the bit's mask in a 64-bit register."""
     recursion = layouts.offsetof("task_struct", "trace_recursion")
     return f"""
         {_gs_dword("dec", percpu["__preempt_count"])}
-        mov rax, qword ptr gs:[{percpu["current_task"]}]
         not {mask}
         and [rax + {recursion}], {mask}
     """
@@ -137,12 +150,8 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
         mov r13, rsi
         mov r14, rcx
     """)
-    lock = recursion_trylock(layouts, "TRACE_LIST_START", percpu)
-    # The jump over a recursion goes to the epilogue, which lies in another chunk: land behind this one
-    # instead.
-    code.asm(f"{lock}\n mov r15, r8\n jmp locked\n recursion:\n xor r15d, r15d\n locked:")
-    code.asm("test r15, r15")
-    out = code.jump("jz")
+    lock = append_recursion_trylock(code, layouts, "TRACE_LIST_START", percpu)
+    code.asm("mov r15, r8")
     code.raw("488b1d 00000000")  # mov rbx, [rip + ftrace_ops_list]
     fixups[len(code.bytes) - 4] = "ftrace_ops_list"
     loop = len(code.bytes)
@@ -168,8 +177,8 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
     code.asm("cmp rbx, rax")
     code.jump("jnz", loop)
     code.land(end)
-    code.asm(recursion_unlock(layouts, percpu, "r15"))
-    code.land(out)
+    code.asm(f"mov rax, qword ptr gs:[{percpu['current_task']}]\n {recursion_unlock(layouts, percpu, 'r15')}")
+    out = len(code.bytes)
     code.asm("""
         add rsp, 8
         pop r15
@@ -180,6 +189,8 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
         pop rbp
         ret
     """)
+    append_recursion_retry(code, lock)
+    code.jump("jmp", out)
     code.label("arch_ftrace_ops_list_func_end")
 
 

@@ -43,11 +43,11 @@ class ModuleArea:
         self.live[address] = (pages * PAGE_SIZE, tag)
         return address
 
-    def module_alloc(self, size: int, tag: str) -> int:
-        """Address of an area of writable pages; the caller makes them executable once they are filled."""
+    def module_alloc(self, size: int, tag: str, access: Access = Access.WRITE) -> int:
+        """Address of an area of mapped pages; text is mapped executable at once, nothing knows it yet."""
         address = self.reserve(size, tag)
         try:
-            self._space.map(address, self.live[address][0], Access.WRITE)
+            self._space.map(address, self.live[address][0], access)
         except KlpemuError:
             self.free(address)
             raise

@@ -11,7 +11,6 @@ from typing import Any
 from elf.errors import KlpemuError
 from emu.ftrace_64 import RIP_RELATIVE_LOAD_RDX
 from emu.kallsyms import Kallsyms
-from emu.memory import PAGE_SIZE
 from emu.module_area import ModuleArea
 from emu.paging import Access, AddressSpace
 from emu.text_poke import CALL_OPCODE, text_gen_insn
@@ -44,7 +43,7 @@ class Trampolines:
         code = bytearray(self._space.read(start, end - start))
         length = len(code)
         size = length + RET_SIZE + 8
-        address = self._area.module_alloc(size, f"ftrace_trampoline for {ops!r}")
+        address = self._area.module_alloc(size, f"ftrace_trampoline for {ops!r}", Access.EXECUTE)
         code += RETURN
         if regs:
             jump = self._symbol("ftrace_regs_caller_jmp") - start
@@ -59,7 +58,6 @@ class Trampolines:
         call = self.call_offset(regs)
         code[call : call + 5] = text_gen_insn(CALL_OPCODE, address + call, func)
         self._space.write(address, bytes(code))
-        self._space.protect(address, -(-size // PAGE_SIZE) * PAGE_SIZE, Access.EXECUTE)
         self._kallsyms.add_trampoline(address, size)
         return address, size
 

@@ -9,7 +9,7 @@ It calls nothing and keeps rbp as a frame pointer, so that a stack can be walked
 """
 
 from emu.assembly import Code
-from emu.ftrace_64 import recursion_trylock, recursion_unlock
+from emu.ftrace_64 import append_recursion_retry, append_recursion_trylock, recursion_unlock
 from emu.view import Layouts
 
 __all__ = ["KLP_PATCHED", "KLP_UNDEFINED", "KLP_UNPATCHED", "append_klp_ftrace_handler"]
@@ -24,7 +24,7 @@ def append_klp_ftrace_handler(
 ) -> None:
     """Append klp_ftrace_handler(ip, parent_ip, fops, fregs).
 
-    r10 is &ops->func_stack, r11 the stack_node looked at, r8 the mask of the recursion bit.  Each
+    rax is current, r10 &ops->func_stack, r11 the stack_node looked at, r8 the recursion bit's mask.  Each
     WARN_ON_ONCE is a `ud2`; execution goes on behind it, as in the kernel.
     """
     stack_head = layouts.offsetof("klp_ops", "func_stack") - layouts.offsetof("klp_ops", "fops")
@@ -34,38 +34,36 @@ def append_klp_ftrace_handler(
     ip = layouts.offsetof("pt_regs", "ip")
 
     code.align(16).label("klp_ftrace_handler").asm("push rbp\n mov rbp, rsp")
-    lock = recursion_trylock(layouts, "TRACE_FTRACE_START", per_cpu)
-    code.asm(f"{lock}\n jmp locked\n recursion:\n xor r8d, r8d\n locked:\n test r8, r8")
-    locked = code.jump("jnz")
-    code.warn("no recursion bit left in klp_ftrace_handler, the call is not redirected")
+    lock = append_recursion_trylock(code, layouts, "TRACE_FTRACE_START", per_cpu)
+    code.asm(f"lea r10, [rdx + {stack_head}]\n mov r11, [r10]\n cmp r11, r10")
+    empty = code.jump("je")
+    code.asm(f"cmp byte ptr [r11 + {func['transition']}], 0")
+    moving = code.jump("jne")
+    settled = len(code.bytes)
+    code.asm(f"cmp byte ptr [r11 + {func['nop']}], 0")
+    nop = code.jump("jne")
+    code.asm(f"mov r9, [r11 + {func['new_func']}]\n mov [rcx + {ip}], r9")
+    code.land(nop)
+    unlock = len(code.bytes)
+    code.asm(recursion_unlock(layouts, per_cpu, "r8"))
     code.asm("pop rbp\n ret")
 
-    code.land(locked)
-    code.asm(f"lea r10, [rdx + {stack_head}]\n mov r11, [r10]\n cmp r11, r10")
-    found = code.jump("jne")
-    code.warn("klp_ftrace_handler found an empty func_stack")
-    empty = code.jump("jmp")
-
-    code.land(found)
-    code.asm(f"cmp byte ptr [r11 + {func['transition']}], 0")
-    settled = code.jump("je")
-    code.asm(f"mov rax, qword ptr gs:[{per_cpu['current_task']}]\n mov eax, [rax + {patch_state}]")
-    code.asm(f"cmp eax, {KLP_UNDEFINED}")
+    # In transition: a task that has not switched yet takes the func below, or the original.
+    code.land(moving)
+    code.asm(f"mov r9d, [rax + {patch_state}]\n cmp r9d, {KLP_UNDEFINED}")
     defined = code.jump("jne")
     code.warn("a func is in transition, but the task's patch_state is KLP_UNDEFINED")
     code.land(defined)
-    code.asm(f"cmp eax, {KLP_UNPATCHED}")
-    switched = code.jump("jne")
+    code.asm(f"cmp r9d, {KLP_UNPATCHED}")
+    code.jump("jne", settled)
     code.asm("mov r11, [r11]\n cmp r11, r10")
-    original = code.jump("je")
+    code.jump("jne", settled)
+    code.jump("jmp", unlock)
 
-    code.land(settled)
-    code.land(switched)
-    code.asm(f"cmp byte ptr [r11 + {func['nop']}], 0")
-    nop = code.jump("jne")
-    code.asm(f"mov rax, [r11 + {func['new_func']}]\n mov [rcx + {ip}], rax")
+    code.land(empty)
+    code.warn("klp_ftrace_handler found an empty func_stack")
+    code.jump("jmp", unlock)
 
-    for jump in (empty, original, nop):
-        code.land(jump)
-    code.asm(recursion_unlock(layouts, per_cpu, "r8"))
+    append_recursion_retry(code, lock)
+    code.warn("no recursion bit left in klp_ftrace_handler, the call is not redirected")
     code.asm("pop rbp\n ret").label("klp_ftrace_handler_end")

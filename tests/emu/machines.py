@@ -1,4 +1,4 @@
-"""Machines to test on: the fixture kernel with a few guest functions that only tests need, and ops to register."""
+"""Machines to test on: the fixture kernel with guest functions that only tests need, and ops to register."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ def image(name: str) -> Image:
 
 
 def append_test_code(code: Code, layouts: Layouts, per_cpu: dict[str, int], fixups: dict[int, str]) -> None:
-    """Handlers that say in which order they ran or destroy all they may, and a function that calls an export."""
+    """Handlers that say in which order they ran, or destroy all they may; functions that call an export."""
     private = layouts.offsetof("ftrace_ops", "private")
     code.align(16).label("record_order").asm(
         f"mov rax, [rdx + {private}]\n mov r8, [rax]\n inc qword ptr [rax]\n mov [rax + r8*8 + 8], rdx\n ret"
@@ -92,7 +92,7 @@ def count_of(machine: Machine, ops: Any) -> int:
 
 
 def in_the_middle(machine: Machine, cpu: VCpu, entry: int, **registers: int) -> None:
-    """Let a vCPU stand at `entry` as if it had just been called from outside, on the stack kept for streams."""
+    """Let a vCPU stand at `entry` as if it had just been called, on the stack kept for streams."""
     rsp = machine.stream_stack - 512
     machine.space.write(rsp, machine.return_address.to_bytes(8, "little"))
     cpu.set_registers({"rsp": rsp, "rip": entry, "eflags": 2} | registers)
@@ -117,7 +117,7 @@ def record_of(machine: Machine, name: str) -> Any:
 
 
 class Steps:
-    """A schedule that is a list: entry by entry the number of the task and its instructions; then the first."""
+    """A schedule that is a list of (vCPU number, instructions); behind its end the finishing task goes on."""
 
     interleaves = True
 
@@ -135,3 +135,14 @@ class Steps:
 
 REGS = int(FtraceOpsFl.SAVE_REGS)
 IPMODIFY = int(FtraceOpsFl.IPMODIFY)
+
+
+def ftrace_world(machine: Machine) -> tuple[object, ...]:
+    """All that a failed registration must leave alone: text, records, lists, globals and allocations."""
+    space = machine.space
+    text = [space.read(each.address, len(each.contents)) for each in machine.modules.objects[""].texts]
+    names = ("ftrace_ops_list", "ftrace_trace_function", "function_trace_op", "ftrace_ops_trampoline_list")
+    variables = [space.read(machine.symbol(name), 8) for name in (*names, "ftrace_start_up")]
+    records = [(record.ip, record.flags) for record in machine.ftrace.records]
+    listed = [(ops.address_, ops.next, ops.func, ops.trampoline) for ops in machine.ftrace.each_ops()]
+    return text, variables, records, listed, dict(machine.slab.live), dict(machine.area.live)

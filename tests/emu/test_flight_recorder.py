@@ -1,5 +1,8 @@
 """The last instructions: exactly those that a trace of the same call ends with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 from machines import boot
 
@@ -9,21 +12,23 @@ from emu.stream import traced
 from emu.traps import GuestFault
 
 
+@contextmanager
+def untraced(machine: Machine) -> Iterator[list[int]]:
+    """As `traced`, but nothing is."""
+    yield []
+
+
 def fault_and_trace(
     function: str, *arguments: int, budget: int | None = None
 ) -> tuple[GuestFault, list[int]]:
     """The fault of a call, and all that the same call executes on the tracing vCPU of another machine."""
     found = []
-    for trace in (False, True):
+    for way in (untraced, traced):
         machine = boot()
         if budget is not None:
             machine.hub.instruction_budget = budget
-        with pytest.raises(GuestFault) as raised:
-            if trace:
-                with traced(machine) as executed:
-                    machine.call(machine.symbol(function), *arguments)
-            else:
-                machine.call(machine.symbol(function), *arguments)
+        with way(machine) as executed, pytest.raises(GuestFault) as raised:
+            machine.call(machine.symbol(function), *arguments)
         found.append(raised.value)
     return found[0], executed
 

@@ -1,6 +1,6 @@
 """The hub: services and guest code in each other, at doors, in deadlock, and after errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -75,7 +75,7 @@ def test_guest_export_guest_nests_below_each_other_and_registers_come_back(machi
 
 
 def test_a_call_up_from_an_export_changes_no_register_of_the_guest_below_but_rax(machine: Machine) -> None:
-    """The C ABI would allow it to change more; what is below must not notice that we ran guest code in between."""
+    """The C ABI would allow more; but what is below must not notice that guest code ran in between."""
     cpu = machine.cpus[0]
     found = []
 
@@ -278,7 +278,7 @@ def test_a_grace_period_waits_for_the_guest_call_of_another_vcpu() -> None:
 # Determinism.
 
 
-def events_of(steps: list[tuple[int, int | None]]) -> list[Any]:
+def events_of(steps: Sequence[tuple[int, int | None]]) -> list[Any]:
     machine = boot(cpus=2)
     first, second = machine.tasks
     ops = new_ops(machine, ["area_of"], func="redirect", private=machine.symbol("tail_inner"))

@@ -54,6 +54,9 @@ def nodes(machine: Machine) -> Nodes:
 
 
 ADDED_FIRST = [("a", "prev", "n"), ("n", "next", "a"), ("n", "prev", "H"), ("H", "next", "n")]
+ADDED_LAST = [("H", "prev", "n"), ("n", "next", "H"), ("n", "prev", "a"), ("a", "next", "n")]
+ADDED_RCU = [("n", "next", "a"), ("n", "prev", "H"), ("H", "next", "n"), ("a", "prev", "n")]
+UNLINKED = [("H", "prev", "H"), ("H", "next", "H")]
 
 
 @pytest.mark.parametrize(
@@ -61,15 +64,15 @@ ADDED_FIRST = [("a", "prev", "n"), ("n", "next", "a"), ("n", "prev", "H"), ("H",
     [
         # __list_add() of include/linux/list.h
         (list_add, "nH", ADDED_FIRST),
-        (list_add_tail, "nH", [("H", "prev", "n"), ("n", "next", "H"), ("n", "prev", "a"), ("a", "next", "n")]),
+        (list_add_tail, "nH", ADDED_LAST),
         # __list_add_rcu() of include/linux/rculist.h: reachable only when its own pointers are set
-        (list_add_rcu, "nH", [("n", "next", "a"), ("n", "prev", "H"), ("H", "next", "n"), ("a", "prev", "n")]),
-        (list_del, "a", [("H", "prev", "H"), ("H", "next", "H"), ("a", "next", "POISON1"), ("a", "prev", "POISON2")]),
-        (list_del_rcu, "a", [("H", "prev", "H"), ("H", "next", "H"), ("a", "prev", "POISON2")]),
+        (list_add_rcu, "nH", ADDED_RCU),
+        (list_del, "a", [*UNLINKED, ("a", "next", "POISON1"), ("a", "prev", "POISON2")]),
+        (list_del_rcu, "a", [*UNLINKED, ("a", "prev", "POISON2")]),
         (init_list_head, "n", [("n", "next", "n"), ("n", "prev", "n")]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
-)  # fmt: skip
+)
 def test_stores_come_in_the_kernels_order(
     nodes: Nodes, operation: object, names: str, stores: list[tuple[str, str, str]]
 ) -> None:
@@ -122,7 +125,8 @@ def test_a_list_is_whole_in_both_directions_whatever_is_added_and_removed(
             model.remove(name)
         expected = [nodes.addresses[each] for each in model]
         for member, order in (("next", expected), ("prev", expected[::-1])):
-            at, walked = getattr(head, member), []
+            at = getattr(head, member)
+            walked: list[int] = []
             while at != head.address_ and len(walked) < 10:
                 walked.append(at)
                 at = getattr(machine.view("list_head", at), member)

@@ -42,9 +42,16 @@ def compiled(tmp_path: Path, name: str, source: str) -> Image:
         pytest.skip("gcc is not installed")
     path, code = tmp_path / f"{name}.o", tmp_path / f"{name}.c"
     code.write_text(source)
-    flags = (
-        "-O2 -pg -mfentry -mrecord-mcount -fno-pic -mcmodel=kernel -mno-red-zone -fno-stack-protector".split()
-    )
+    flags = [
+        "-O2",
+        "-pg",
+        "-mfentry",
+        "-mrecord-mcount",
+        "-fno-pic",
+        "-mcmodel=kernel",
+        "-mno-red-zone",
+        "-fno-stack-protector",
+    ]
     subprocess.run(["gcc", *flags, "-fcf-protection=none", "-c", code, "-o", path], check=True)
     return Image.open(path)
 
@@ -97,9 +104,12 @@ def test_a_site_further_in_is_traced_like_one_at_the_start(
 
 def test_text_is_text_and_data_is_data(machine: Machine) -> None:
     loaded = machine.modules.load_module(image("kernel.o"), "second")
-    kinds = {section.name: machine.space.access(loaded.placement.addresses[section.index])
-             for section in loaded.placement.image.sections
-             if section.index in loaded.placement.addresses and section not in loaded.placement.per_cpu}  # fmt: skip
+    placement = loaded.placement
+    kinds = {
+        section.name: machine.space.access(placement.addresses[section.index])
+        for section in placement.image.sections
+        if section.index in placement.addresses and section not in placement.per_cpu
+    }
     assert kinds[".text"] is Access.EXECUTE
     assert kinds[".rodata"] is Access.READ
     assert kinds[".data"] is kinds[".bss"] is Access.WRITE

@@ -1,4 +1,4 @@
-"""The address space: what the entries allow, what the host side reads and writes, and all-or-nothing mapping."""
+"""The address space: what the entries allow, and what the host side reads and writes."""
 
 import pytest
 from hypothesis import given, settings

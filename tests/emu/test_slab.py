@@ -110,9 +110,11 @@ def test_an_object_written_to_in_quarantine_is_reported_when_it_leaves(heap: Hea
     first = slab.kmalloc(64, "first")
     slab.kfree(first)
     space.write(first + 5, b"!")
+    for number in range(QUARANTINE_OBJECTS - 1):
+        slab.kfree(slab.kmalloc(64, f"{number}"))
+    last = slab.kmalloc(64, "last")
     with pytest.raises(KlpemuError, match="first was written to after it was freed"):
-        for number in range(QUARANTINE_OBJECTS + 1):
-            slab.kfree(slab.kmalloc(64, f"{number}"))
+        slab.kfree(last)
 
 
 def test_the_owner_of_an_address_is_the_object_around_it(heap: Heap) -> None:

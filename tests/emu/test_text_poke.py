@@ -1,5 +1,6 @@
 """Pokes: their stores against a real kernel's, batches, and other vCPUs in every place in between."""
 
+from functools import partial
 from itertools import combinations
 
 import pytest
@@ -234,7 +235,7 @@ def test_a_call_during_a_registration_is_redirected_or_not_but_never_faults(
             steps += [(1, instructions)] + [(0, None)] * doors
         machine.hub.schedule = Steps(steps)
         call = machine.hub.call(calling, machine.symbol("area_of"), (3, 4))
-        machine.hub.finish(doing, machine.hub.serve(doing, "ftrace", lambda service=service: service(ops)))
+        machine.hub.finish(doing, machine.hub.serve(doing, "ftrace", partial(service, ops)))
         assert machine.hub.finish(calling, call) in (OLD, NEW)
     assert list(machine.ftrace.each_ops()) == [other]
     assert record_of(machine, "area_of").flags & 0xFF == 1
@@ -248,9 +249,7 @@ def test_every_door_of_a_registration_lets_a_whole_call_through() -> None:
         ops = new_ops(machine, ["area_of"], func="redirect", private=machine.symbol("tail_inner"))
         call = machine.hub.call(calling, machine.symbol("area_of"), (3, 4))
         machine.hub.schedule = Steps([(0, None)] * doors + [(1, None)] * 3)
-        service = machine.hub.serve(
-            doing, "register", lambda ops=ops, machine=machine: machine.ftrace.register_ftrace_function(ops)
-        )
+        service = machine.hub.serve(doing, "register", partial(machine.ftrace.register_ftrace_function, ops))
         machine.hub.finish(doing, service)
         ran_during = call.finished
         results.append(machine.hub.finish(calling, call))
