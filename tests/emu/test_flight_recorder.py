@@ -73,3 +73,12 @@ def test_without_the_recorder_a_fault_has_no_last_instructions(machine: Machine)
     with pytest.raises(GuestFault) as raised:
         machine.call(machine.symbol("jump_nowhere"))
     assert raised.value.last == []
+
+
+@pytest.mark.parametrize("budget", [5, 500, STRIDE + 50])
+def test_looking_back_from_a_spent_budget_does_not_go_on_from_there(machine: Machine, budget: int) -> None:
+    machine.hub.instruction_budget = budget
+    with pytest.raises(GuestFault) as raised:
+        machine.call(machine.symbol("late_fault"), 10 * STRIDE)
+    assert machine.cpus[0].registers() == raised.value.registers
+    assert raised.value.registers["rip"] == raised.value.address

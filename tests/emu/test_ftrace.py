@@ -66,6 +66,16 @@ def test_an_ops_that_wants_all_registers_gets_them_for_all(machine: Machine) -> 
     assert record_of(machine, "area_of").flags == EN | TRAMP | 1
 
 
+def test_regs_stay_while_another_ops_wants_them(machine: Machine) -> None:
+    first, second = registered(machine, ["area_of"], flags=REGS), registered(machine, ["area_of"], flags=REGS)
+    registered(machine, ["area_of"])
+    machine.ftrace.unregister_ftrace_function(first)
+    assert record_of(machine, "area_of").flags == EN | REGS_FL | 2
+    assert site_of(machine, "area_of") == common_call(machine, "area_of", "ftrace_regs_caller")
+    machine.ftrace.unregister_ftrace_function(second)
+    assert record_of(machine, "area_of").flags == EN | TRAMP | 1
+
+
 def test_flags_of_a_livepatch_ops_are_the_recorded_ones(machine: Machine) -> None:
     flags = FtraceOpsFl.DYNAMIC | FtraceOpsFl.IPMODIFY | FtraceOpsFl.PERMANENT
     ops = registered(machine, ["area_of"], flags=int(flags))

@@ -11,6 +11,7 @@ from emu.cpu import REGISTERS
 from emu.errno import KernelErrno
 from emu.hub import RunToCompletion
 from emu.machine import Machine
+from emu.memory import MemoryFault
 from emu.mutex import mutex_held
 from emu.traps import GuestFault
 
@@ -196,6 +197,19 @@ def test_an_error_of_another_task_leaves_that_one_clean_too() -> None:
     machine.hub.serve(second, "fails", fails)
     with pytest.raises(ValueError, match="bug"):
         machine.hub.finish(first, machine.hub.serve(first, "innocent", lambda: 1))
+    machine.hub.schedule = RunToCompletion()
+    assert_clean(machine)
+
+
+def test_a_task_whose_stack_is_not_there_is_left_clean_too() -> None:
+    machine = boot(cpus=2)
+    first, second = machine.tasks
+    top, second.stack_top = second.stack_top, 0x1000
+    machine.hub.schedule = Steps([(1, None)])
+    machine.hub.call(second, machine.symbol("area_of"), (1, 2))
+    with pytest.raises(MemoryFault):
+        machine.hub.finish(first, machine.hub.serve(first, "innocent", lambda: 1))
+    second.stack_top = top
     machine.hub.schedule = RunToCompletion()
     assert_clean(machine)
 

@@ -7,6 +7,7 @@ from elf.errors import KlpemuError
 from emu.cpu import REGISTERS
 from emu.events import EventKind
 from emu.machine import Machine
+from emu.paging import Access
 from emu.traps import GuestFault
 
 NOWHERE = 0xFFFF_FFFF_DEAD_B000
@@ -125,3 +126,12 @@ def test_two_machines_do_not_share_anything() -> None:
     first, second = boot(), boot()
     first.call(first.symbol("store_to"), first.symbol("trace_counter"), 9)
     assert second.variable("trace_counter").get() == 0
+
+
+def test_the_last_instruction_before_a_page_that_is_not_there_is_shown(machine: Machine) -> None:
+    area = machine.area.module_alloc(4096, "code")
+    machine.space.protect(area, 4096, Access.EXECUTE)
+    machine.space.write(area + 4094, bytes.fromhex("0f0b"))
+    with pytest.raises(GuestFault, match="undefined instruction") as raised:
+        machine.call(area + 4094)
+    assert raised.value.last[-1].endswith("ud2")
