@@ -42,7 +42,7 @@ def execute_stream(machine: "Machine", entry: int, stop_at: int, limit: int = ST
     cpu = machine.tracer
     cpu.reset()
     cpu.set_gs_base(machine.cpus[0].gs_base)
-    before = {name: 0x1111_1111_1111_1111 * (index % 15 + 1) for index, name in enumerate(REGISTERS)}
+    before = {name: 0x0101_0101_0101_0101 * (index + 1) for index, name in enumerate(REGISTERS)}
     rsp = machine.stream_stack - 8 * STACK_WORDS - 8
     before |= {"rip": entry, "rsp": rsp, "eflags": 2 | EFLAGS_ARITHMETIC}
     stack = machine.return_address.to_bytes(8, "little") + b"".join(
