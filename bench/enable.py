@@ -44,7 +44,13 @@ def run() -> Iterator[Result]:
                 "enable", f"{verb} a patch of {count:,} functions", median(found) * 1e6, "us a function"
             )
         growth = max(median(map(truediv, found, by_count[BESIDE])) for found in by_count.values())
-        yield Result("enable", f"{verb}, the slowest size / {BESIDE:,} functions", growth, "times", FLAT if verb == "enable" else None)
+        yield Result(
+            "enable",
+            f"{verb}, the slowest size / {BESIDE:,} functions",
+            growth,
+            "times",
+            FLAT if verb == "enable" else None,
+        )
 
 
 def _enable_and_disable(kernel: Kernel, count: int) -> tuple[float, float]:

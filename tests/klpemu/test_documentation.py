@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, environment
 
-DOCUMENTS = ("docs/cli.md",)
+DOCUMENTS = ("README.md", "docs/cli.md")
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^```toml (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
