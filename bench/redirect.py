@@ -29,7 +29,7 @@ OPS = (1, 2, 5, 10, 50, 100)
 CALLS = 20_000  # of a side in a round
 HOOK_CALLS = 5_000
 ROUNDS = 25
-# QEMU's TLB starts with 256 entries and grows only when it is flushed; a kernel that runs for long has flushed it.
+# QEMU's TLB starts with 256 entries and grows only when it is flushed, which a kernel does all the time.
 TLB_GROWTHS = 10
 OF_PLAIN_CODE, OF_HOOK = 1.2, 0.25
 RET = b"\xc3"
