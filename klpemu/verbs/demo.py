@@ -45,6 +45,7 @@ def demo(att: bool, as_json: bool, color: str) -> None:
             # A stage is one trace, and what came before it: the boot or the step that changed something.
             _print_stage(output, results[-2:])
         if result.fault is not None:
+            output.fault(result.fault)
             break
     reports = [each.report for each in results]
     print_verdict(output, reports)

@@ -9,7 +9,9 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import ROOT, environment
@@ -64,3 +66,15 @@ def test_every_verb_has_a_section() -> None:
     text = (ROOT / "docs/cli.md").read_text()
     for verb in ("demo", "sites", "verify", "trace", "run"):
         assert f"\n## klpemu {verb}\n" in text
+
+
+def test_the_python_of_the_readme_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = re.search(r"^From Python:\n\n((?:    .*\n)+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert found is not None
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(found[1]), names)
+    assert "klp_ftrace_handler" in capsys.readouterr().out
+    assert names["kernel"].call("area_of", 3, 4) == 7

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from command_line import klpemu
+from command_line import FIX_AREA, klpemu
 
 from elf.errors import KlpemuError
 from klpemu.fixtures import fixture
+from klpemu.kernel import Kernel
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepRunner
@@ -131,10 +132,9 @@ def test_nothing_of_a_refused_patch_stays(code: str, func: Func) -> None:
     assert runner.perform(Step(Action.DISABLE, "good")).report.holds
 
 
-def test_damage_is_found_after_the_step_and_ends_with_status_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A raw write to the site, before the checks of every step: what is wrong must be said, byte for byte."""
-    from klpemu.kernel import Kernel
-
+@pytest.fixture
+def damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A raw write to a site, before the checks of every step."""
     verify = Kernel.verify
 
     def damaged(kernel: Kernel, step: str = "") -> object:
@@ -142,8 +142,25 @@ def test_damage_is_found_after_the_step_and_ends_with_status_1(monkeypatch: pyte
         return verify(kernel, step)
 
     monkeypatch.setattr(Kernel, "verify", damaged)
-    outcome = klpemu("verify", "builtin:fix_area.o:area_of=fixed_area_of")
-    assert outcome.status == 1
+
+
+@pytest.mark.usefixtures("damage")
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo"], ["run", "builtin:demo.toml"], ["verify", FIX_AREA], ["trace", "area_of", "3", "4"]],
+    ids=lambda value: value[0],
+)
+def test_what_the_checks_find_makes_the_status_1_in_every_verb(arguments: list[str]) -> None:
+    outcome = klpemu(*arguments)
+    assert (outcome.status, outcome.err) == (1, "")
+    assert "text_matches_records: text differs" in outcome.out
+    assert "all " not in outcome.out.splitlines()[-1]
+    assert klpemu(*arguments, "--json").object["holds"] is False
+
+
+@pytest.mark.usefixtures("damage")
+def test_a_finding_says_what_is_wrong_byte_for_byte() -> None:
+    outcome = klpemu("verify", FIX_AREA)
     lines = outcome.out.splitlines()
     assert any(
         line.startswith("  klpemu: boot: text_matches_records: ") and "fib+0x0" in line for line in lines
@@ -152,6 +169,32 @@ def test_damage_is_found_after_the_step_and_ends_with_status_1(monkeypatch: pyte
     assert any(line.startswith("    found    cc 1f 44 00 00  int3") for line in lines)
     assert "holds" not in lines[-1]
     assert "checks made" in lines[-1]
+
+
+@pytest.mark.parametrize("action", ["call", "trace"])
+def test_damage_done_by_a_step_is_a_finding_of_that_step(
+    action: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = getattr(Kernel, action)
+
+    def damaging(kernel: Kernel, function: str, *arguments: int, **options: bool) -> object:
+        result = original(kernel, function, *arguments, **options)
+        kernel.machine.space.write(kernel.site_of("fib")[0], b"\xcc")
+        return result
+
+    monkeypatch.setattr(Kernel, action, damaging)
+    found = findings(tmp_path, f'[[step]]\nenable = "fix_area"\n[[step]]\n{action} = "area_of(3, 4)"\n')
+    assert found == [f"{action} area_of(3, 4): text differs"]
+
+
+def test_the_value_of_a_call_is_expected_once_all_patches_are_enabled() -> None:
+    patches = ["builtin:fix_area.o:area_of=fixed_area_of", "builtin:fix_area2.o:area_of=area_in_cm"]
+    assert klpemu("verify", *patches, "--call", "area_of(3, 4)=120000").status == 0
+    outcome = klpemu("verify", *patches, "--call", "area_of(3, 4)=12", "--json")
+    (found,) = outcome.object["findings"]
+    assert (outcome.status, found["what"]) == (1, "found 120000 (0x1d4c0), expected 12")
+    returned = [each["returned"] for each in outcome.object["steps"] if each["action"] == "call"]
+    assert returned == [7, 12, 120000, 12, 7]
 
 
 def test_functions_of_an_object_that_is_not_loaded_are_announced() -> None:
