@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Stream", "execute_stream", "trace_call", "undone"]
 
 STREAM_LIMIT = 20_000
+TRACE_BUDGET = 1_000_000
 EFLAGS_ARITHMETIC = 0x8D5  # CF, PF, AF, ZF, SF, OF: SDM Vol. 1, 3.4.3.1
 STACK_WORDS = 32
 
@@ -86,17 +87,22 @@ def undone(machine: "Machine") -> Iterator[None]:
 
 @contextmanager
 def traced(machine: "Machine") -> Iterator[list[int]]:
-    """Let the first task run on the tracing vCPU; yields the list that executed addresses are appended to."""
-    task, tracer = machine.init_task, machine.tracer
-    cpu = task.cpu
+    """Let the first task run on the tracing vCPU; yields the list that executed addresses are appended to.
+
+    Every address is kept, so the instruction budget is TRACE_BUDGET at most.
+    """
+    task, tracer, hub = machine.init_task, machine.tracer, machine.hub
+    cpu, budget = task.cpu, hub.instruction_budget
     tracer.set_gs_base(cpu.gs_base)
     tracer.executed.clear()
     tracer.stop_at = None
     task.cpu = tracer
+    hub.instruction_budget = min(budget, TRACE_BUDGET)
     try:
         yield tracer.executed
     finally:
         task.cpu = cpu
+        hub.instruction_budget = budget
         tracer.executed = []
 
 

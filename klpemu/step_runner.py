@@ -16,9 +16,7 @@ from klpemu.scenario import Action, Scenario, Step
 from patches.invariants.finding import Finding, Report
 from patches.livepatch import VMLINUX
 
-__all__ = ["TRACE_BUDGET", "StepResult", "StepRunner"]
-
-TRACE_BUDGET: Final = 1_000_000  # every instruction of a trace is kept
+__all__ = ["StepResult", "StepRunner"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +98,10 @@ class StepRunner:
     def _call(self, step: Step) -> tuple[int, CallTrace | None]:
         assert step.call is not None
         kernel, values = self.kernel, step.call.values(self.kernel)
-        hub = kernel.machine.hub
+        kernel.machine.hub.instruction_budget = self._budget
         if step.action is Action.TRACE:
-            hub.instruction_budget = min(self._budget, TRACE_BUDGET)
             trace = call_trace(kernel, step.call.function, values, att=self._att)
             return trace.returned, trace
-        hub.instruction_budget = self._budget
         return kernel.call(step.call.function, *values), None
 
     def _load(self, name: str) -> None:
