@@ -43,7 +43,7 @@ class Text:
 
     name: str
     address: int
-    contents: bytes
+    contents: bytes = field(repr=False)
 
 
 @dataclass(eq=False, slots=True)
@@ -53,9 +53,9 @@ class LoadedObject:
     name: str
     path: str
     struct: int
-    placement: Placement
-    texts: list[Text]
-    sites: list[int]
+    placement: Placement = field(repr=False)
+    texts: list[Text] = field(repr=False)
+    sites: list[int] = field(repr=False)
     exports: dict[str, int] = field(default_factory=dict)
     depends_on: set[str] = field(default_factory=set)
 

@@ -41,7 +41,7 @@ class Placement:
     addresses: dict[int, int]
     groups: list[Group]
     per_cpu: list[Section]
-    contents: dict[int, bytearray] = field(default_factory=dict)
+    contents: dict[int, bytearray] = field(default_factory=dict, repr=False)
 
     def value(self, symbol: Symbol) -> int | None:
         """Guest virtual address of a symbol this object defines; None if its section is not loaded."""

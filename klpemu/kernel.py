@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
 from typing import Any
@@ -39,7 +39,7 @@ class EnabledPatch:
     guest: Any
     module: LoadedObject
     new_func: Mapping[str, int]
-    release: Callable[[], None]
+    release: Callable[[], None] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
