@@ -11,11 +11,10 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from emu.memory import Memory
 from emu.slab import Slab
 from emu.view import GuestVariable, Layouts
 
-__all__ = ["FTRACE_REF_MAX", "DynFtrace", "FtraceFl", "ftrace_rec_count", "records_of"]
+__all__ = ["FTRACE_REF_MAX", "DynFtrace", "FtraceFl", "ftrace_rec_count"]
 
 RECORD = struct.Struct("<QQ")
 
@@ -141,14 +140,3 @@ class DynFtrace:
 
     def _page(self, address: int) -> Any:
         return self._layouts.view("ftrace_page", self._memory, address)
-
-
-def records_of(memory: Memory, layouts: Layouts, start: int) -> dict[int, int]:
-    """Flags of all records by ip, read through any `Memory`; `start` is the value of ftrace_pages_start."""
-    found: dict[int, int] = {}
-    while start:
-        page = layouts.view("ftrace_page", memory, start)
-        data = memory.read(page.records, RECORD.size * page.index)
-        found.update(RECORD.iter_unpack(data))
-        start = page.next
-    return found

@@ -154,6 +154,7 @@ class ModuleLoader:
             raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use by {', '.join(users)}")
         machine.ftrace.ftrace_release_mod(loaded.sites)
         machine.kallsyms.remove(name)
+        machine.unwinder.forget(name)
         self._free_struct(loaded.struct)
         for section in loaded.placement.per_cpu:
             machine.percpu.free(loaded.placement.addresses[section.index])

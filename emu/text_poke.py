@@ -4,7 +4,8 @@ A poke of a site is three stores with a sync of all CPUs behind each: `int3` on 
 the new instruction, its first byte.  Sites queued together go through each stage together, in address order.
 Whoever executes the `int3` meanwhile is sent where the *new* instruction would have sent it.
 
-`text_poke_early` is the direct store for text that nobody can be executing yet.
+While an object is loaded nothing can execute its text yet: its sites are converted before its pages exist, and
+the poker has no part in that.
 """
 
 from collections.abc import Callable
@@ -66,10 +67,6 @@ class TextPoker:
         self._door = door
         self._queue: list[TextPokeLoc] = []
         self._patching: list[TextPokeLoc] = []  # bp_desc: what poke_int3_handler() looks at
-
-    def text_poke_early(self, address: int, text: bytes) -> None:
-        """Store at once: only for text that nothing can execute yet."""
-        self._space.write(address, text)
 
     def text_poke_queue(self, address: int, text: bytes) -> None:
         """Add a site to the batch; the batch goes out first if it is full or would lose its order."""

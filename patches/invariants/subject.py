@@ -64,12 +64,6 @@ class Subject:
             bisect.bisect_left(self._sorted_sites, start) : bisect.bisect_left(self._sorted_sites, end)
         ]
 
-    def site_at(self, address: int) -> int:
-        """The site whose five bytes hold `address`; the address itself if there is none."""
-        index = bisect.bisect_right(self._sorted_sites, address) - 1
-        site = self._sorted_sites[index] if index >= 0 else -5
-        return site if site <= address < site + 5 else address
-
     def place(self, address: int) -> str:
         """What lies at an address: the symbol, or the heap object, with the offset in it."""
         if self.kallsyms.at(address) is None:

@@ -74,3 +74,13 @@ def test_a_stack_pointer_into_nowhere_is_unreliable(machine: Machine) -> None:
     registers, _ = next(execute_with_shadow(machine, machine.symbol("area_of"), 3, 4))
     registers["rsp"] = 0xFFFF_C900_7000_0000
     assert "not readable" in unwinder.walk(registers, machine.return_address).unreliable
+
+
+def test_the_tables_of_an_unloaded_module_are_forgotten(machine: Machine) -> None:
+    """A module of the same name may come back with other code at other places."""
+    unwinder = machine.unwinder
+    for code in ("fix_area.o", "fix_all.o"):
+        loaded = machine.modules.load_module(Image.open(str(BUILD / code)), "again")
+        for text in loaded.placement.groups[:1]:
+            assert unwinder.row_at(text.start) is not None, code
+        machine.modules.unload_module("again")
