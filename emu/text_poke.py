@@ -4,8 +4,8 @@ A poke of a site is three stores with a sync of all CPUs behind each: `int3` on 
 the new instruction, its first byte.  Sites queued together go through each stage together, in address order.
 Whoever executes the `int3` meanwhile is sent where the *new* instruction would have sent it.
 
-While an object is loaded nothing can execute its text yet: its sites are converted before its pages exist, and
-the poker has no part in that.
+While an object is loaded nothing can execute its text yet: its sites are converted before its pages exist,
+without the poker.
 """
 
 from collections.abc import Callable
