@@ -19,7 +19,7 @@ from emu.view import Layouts
 if TYPE_CHECKING:
     from emu.machine import Machine
 
-__all__ = ["EXPORTS", "append_guest_exports"]
+__all__ = ["CANNOT_RUN", "EXPORTS", "append_guest_exports"]
 
 # name: assembly.  All keep to the C ABI; none has an fentry site, as lib/string.c and arch/x86/lib have none.
 GUEST_EXPORTS = {
@@ -179,15 +179,3 @@ def _printk(machine: "Machine", text: int) -> int:
     message = line[2:] if line.startswith("\x01") else line  # KERN_SOH and a level (printk_get_level())
     machine.log.pr_info(message.rstrip("\n"))
     return len(line)
-
-
-def _cannot_run(name: str) -> Export:
-    def answer(machine: "Machine", _registers: dict[str, int]) -> int | None:
-        raise KlpemuError(
-            f"guest code called {name}, which exists but cannot run here", where=machine.caller()
-        )
-
-    return answer
-
-
-EXPORTS.update((name, _cannot_run(name)) for name in CANNOT_RUN)

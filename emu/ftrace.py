@@ -127,6 +127,11 @@ class Ftrace:
         """The lines of tracefs' enabled_functions, in record order (t_show())."""
         return [self._show(record) for record in self.records if record.flags & FtraceFl.ENABLED]
 
+    def enabled_function(self, ip: int) -> str:
+        """The line of enabled_functions about the site at `ip`; empty if it has none."""
+        record = self.records.lookup_rec(ip, ip)
+        return self._show(record) if record is not None and record.flags & FtraceFl.ENABLED else ""
+
     def _show(self, record: Any) -> str:
         flags, describe = record.flags, self._kallsyms.describe
         symbol = self._kallsyms.at(record.ip)

@@ -206,7 +206,8 @@ class FtraceCode:
             ]
             counted += "".join(owners) or "\ttramp: ERROR!"
         self._log.pr_info("------------[ ftrace bug ]------------")
-        self._log.pr_info(f"ftrace failed to modify [<{record.ip:016x}>] {describe(record.ip)}")
+        self._log.pr_info("ftrace failed to modify ")
+        self._log.pr_info(f"[<{record.ip:016x}>] {describe(record.ip)}")
         self._log.pr_info(f" actual:   {actual.hex(':')}")
         self._log.pr_info(f" expected: {expected.hex(':')}")
         self._log.pr_info(need.value)

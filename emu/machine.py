@@ -11,7 +11,7 @@ from elf.mcount import fentry_sites
 from emu.arena import ARENA_SIZE, Arena
 from emu.cpu import VCpu
 from emu.events import EventKind, EventTrace
-from emu.exports import EXPORTS, append_guest_exports
+from emu.exports import CANNOT_RUN, EXPORTS, append_guest_exports
 from emu.flight_recorder import FlightRecorder
 from emu.ftrace import Ftrace
 from emu.hub import Hub
@@ -104,7 +104,7 @@ class Machine:
         self.unwinder = Unwinder(self)
         self.modules = ModuleLoader(self)
 
-        exits = sorted({*EXPORTS, *stubs})
+        exits = sorted({*EXPORTS, *CANNOT_RUN, *stubs})
         self.vmlinux = place_vmlinux(
             image, self.layouts, self.percpu.alloc, (append_guest_exports, *entry_code), exits
         )
@@ -167,10 +167,10 @@ class Machine:
         return int(self.layouts.view("task_struct", self.space, task.struct).pid)
 
     def caller(self) -> str:
-        """Where the guest code is that called the export now running."""
+        """Where the guest code is that called the export now running: the last byte of its call."""
         task = self.hub.current
         data = self.space.read(task.cpu.registers()["rsp"], 8)
-        return self.kallsyms.describe(int.from_bytes(data, "little") - 5)
+        return self.kallsyms.describe(int.from_bytes(data, "little") - 1)
 
     # Running.
 

@@ -140,6 +140,8 @@ class AddressSpace:
 
     def write(self, address: int, data: bytes) -> None:
         """Write guest memory; see `WritableMemory`."""
+        if not data:
+            return
         extents = list(self._extents(address, len(data), "a write"))
         done = 0
         for start, length in extents:

@@ -170,13 +170,9 @@ class GuestTraps:
         if export is None:
             raise KlpemuError(
                 f"guest code called {name}, which exists but cannot run here",
-                where=self._machine.kallsyms.describe(self._caller(task)),
+                where=self._machine.caller(),
             )
         return export(self._machine, task.cpu.registers()) or 0
-
-    def _caller(self, task: Task) -> int:
-        data = self._machine.space.read(task.cpu.registers()["rsp"], 8)
-        return int.from_bytes(data, "little") - 1
 
     def _explain(self, stop: Stop) -> str:
         match stop.kind:

@@ -182,7 +182,11 @@ def _scalar(offset: int, code: struct.Struct, convert: Callable[[Any], Any]) -> 
 
     def put(self: Struct, value: Any) -> None:
         number = value.address_ if isinstance(value, Struct) else value
-        cast(WritableMemory, self.memory_).write(self.address_ + offset, pack(number))
+        try:
+            data = pack(number)
+        except struct.error:
+            raise KlpemuError(f"{number!r} does not fit a member of {size} bytes", where=repr(self)) from None
+        cast(WritableMemory, self.memory_).write(self.address_ + offset, data)
 
     return property(get, put)
 

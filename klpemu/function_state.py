@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from emu.assembly import Instruction, disassemble
-from emu.dyn_ftrace import FtraceFl
 from klpemu.kernel import Kernel
 from patches.livepatch import VMLINUX
 
@@ -42,7 +41,7 @@ def function_state(kernel: Kernel, function: str, *, att: bool = False) -> Funct
         code=code,
         text="; ".join(texts),
         func_stack=tuple(kernel.function_stack(function)),
-        enabled_functions=_enabled_functions(kernel).get(site, ""),
+        enabled_functions=kernel.machine.ftrace.enabled_function(site),
     )
 
 
@@ -72,9 +71,3 @@ def branch_target(instruction: Instruction) -> int | None:
         return int(instruction.operands, 16)
     except ValueError:
         return None
-
-
-def _enabled_functions(kernel: Kernel) -> dict[int, str]:
-    ftrace = kernel.machine.ftrace
-    enabled = [record.ip for record in ftrace.records if record.flags & FtraceFl.ENABLED]
-    return dict(zip(enabled, ftrace.enabled_functions(), strict=True))

@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike, fspath
@@ -11,11 +12,12 @@ from elf.errors import KlpemuError, SymbolError
 from elf.image import Image
 from emu.assembly import Instruction, disassemble
 from emu.errno import KernelErrno
+from emu.ftrace_rec import FtraceBug
 from emu.machine import Machine
-from emu.module import LoadedObject
+from emu.module import LoadedObject, module_name
 from emu.stream import execute_stream, trace_call, undone
 from emu.view import list_for_each_entry
-from klpemu.fixtures import BUILTIN_KERNEL, fixture
+from klpemu.fixtures import BUILTIN_KERNEL, fixture, locate
 from patches import core, transition
 from patches.handler import append_klp_ftrace_handler
 from patches.invariants.finding import Report
@@ -63,7 +65,10 @@ class Trace:
 
 
 class Kernel:
-    """One emulated kernel.  Everything happens on behalf of its first task, one request after the other."""
+    """One emulated kernel.  Everything happens on behalf of its first task, one request after the other.
+
+    Wherever a file is named, `builtin:NAME` names one that comes with klpemu.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -76,7 +81,7 @@ class Kernel:
     @classmethod
     def load(cls, path: str | PathLike[str] | None = None, *, cpus: int = 1) -> "Kernel":
         """Boot a kernel image: a relocatable object with its DWARF; by default the built-in one."""
-        image = Image.open(fspath(path) if path is not None else str(fixture(BUILTIN_KERNEL)))
+        image = Image.open(locate(fspath(path)) if path is not None else fixture(BUILTIN_KERNEL))
         return cls(
             Machine(image, entry_code=(append_klp_ftrace_handler,), stubs=("klp_enable_patch",), cpus=cpus)
         )
@@ -88,7 +93,14 @@ class Kernel:
 
     def load_module(self, path: str | PathLike[str]) -> str:
         """Load a module to be patched; returns its name."""
-        image = Image.open(fspath(path))
+        image = Image.open(locate(fspath(path)))
+        named = next((each for each in self.enabled if self._name_of(image) in each.patch.objects), None)
+        if named is not None:
+            raise KlpemuError(
+                f"the enabled patch '{named.patch.name}' changes this module",
+                where=image.path,
+                advice="load it before the patch: patches do not apply to modules that come later yet",
+            )
         before = self._allocations().keys()
         loaded: LoadedObject = self._serve("load_module", lambda: self.machine.modules.load_module(image))
         self._baseline |= self._allocations().keys() - before
@@ -114,12 +126,12 @@ class Kernel:
             raise KlpemuError(
                 "a patch without code", where=f"patch '{patch.name}'", advice="say which file has it"
             )
-        image = Image.open(fspath(patch.code))
+        image = Image.open(locate(fspath(patch.code)))
         self._serve(f"enable {patch.name}", lambda: self._insmod(patch, image))
 
     def insmod(self, path: str | PathLike[str]) -> str:
         """Load a livepatch module (.ko); its init function enables the patch.  Returns its name."""
-        image = Image.open(fspath(path))
+        image = Image.open(locate(fspath(path)))
         if image.modinfo.get("livepatch") != ["Y"]:
             raise KlpemuError(
                 "no livepatch module (its modinfo does not say livepatch=Y)",
@@ -243,35 +255,33 @@ class Kernel:
 
     def _insmod(self, patch: Patch, image: Image) -> None:
         loaded = self.machine.modules.load_module(image, patch.name)
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.machine.modules.unload_module, patch.name)
             new_func = {
                 func.new: self._replacement(loaded, func.new)
                 for funcs in patch.objects.values()
                 for func in funcs
             }
             guest = materialise(self.machine, patch, loaded.struct, new_func)
-        except KlpemuError:
-            self.machine.modules.unload_module(patch.name)
-            raise
-
-        def release() -> None:
-            discard(self.machine, guest)
-
-        try:
-            core.klp_enable_patch(self.klp, guest)
-        except KlpemuError:
-            if not self.machine.ftrace.disabled.get():
-                release()
-                self.machine.modules.unload_module(patch.name)
-            raise
+            release = partial(discard, self.machine, guest)
+            undo.callback(release)
+            try:
+                core.klp_enable_patch(self.klp, guest)
+            except FtraceBug:
+                undo.pop_all()  # what is half done may still lead into the new code
+                raise
+            undo.pop_all()
         self.enabled.append(EnabledPatch(patch, guest, loaded, new_func, release))
 
     def _klp_enable_patch(self, machine: Machine, registers: dict[str, int]) -> int:
         """The export that a livepatch module's init function calls."""
         guest = machine.view("klp_patch", registers["rdi"])
-        loaded = machine.modules.objects[self.klp.name_of(guest)]
-        patch, new_func = declared(self.klp, guest, loaded.path)
         try:
+            name = self.klp.name_of(guest)
+            loaded = machine.modules.objects.get(name)
+            if loaded is None:
+                raise KernelErrno(errno.EINVAL, f"the patch's module '{name}' is not loaded")
+            patch, new_func = declared(self.klp, guest, loaded.path)
             core.klp_enable_patch(self.klp, guest)
         except KernelErrno as error:
             self._refused = error
@@ -280,8 +290,11 @@ class Kernel:
         return 0
 
     def _unload_code(self, name: str) -> None:
-        if not self.machine.ftrace.disabled.get():
+        if not isinstance(self._refused, FtraceBug):
             self._serve("rmmod", lambda: self.machine.modules.unload_module(name))
+
+    def _name_of(self, image: Image) -> str:
+        return image.modinfo.get("name", [module_name(image.path)])[0]
 
     def _replacement(self, loaded: LoadedObject, name: str) -> int:
         symbols = self.machine.kallsyms.named(name, loaded.name)
@@ -294,9 +307,10 @@ class Kernel:
         return symbols[0].address
 
     def _settle(self) -> None:
-        """Run the work that is due: a pending transition's next attempt, and the release of freed patches."""
-        if self.machine.ftrace.disabled.get():
-            return
+        """Run the work that is due: a pending transition's next attempt, and the release of freed patches.
+
+        After an ftrace bug a site may still lead into a patch's code, which therefore stays.
+        """
         if self.klp.transition_work_pending:
             self.machine.service("klp_transition_work", lambda: transition.klp_transition_work_fn(self.klp))
         while self.klp.pending_free:
@@ -304,6 +318,8 @@ class Kernel:
             self.machine.service("free_work", partial(core.klp_free_patch_work_fn, self.klp, guest))
             gone = next(each for each in self.enabled if each.guest == guest)
             self.enabled.remove(gone)
+            if self.machine.ftrace.disabled.get():
+                continue
             self.machine.service("rmmod", partial(self._rmmod, gone))
 
     def _rmmod(self, gone: EnabledPatch) -> None:

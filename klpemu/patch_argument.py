@@ -68,7 +68,8 @@ def _patch(argument: str, file: str, pairs: str, *, replace: bool) -> Patch:
                 f"'{old}' is replaced twice", where=f"PATCH '{argument}'", advice="name it once"
             )
         funcs.append(func)
-    return _readable(Patch(module_name(file.removeprefix(BUILTIN)), objects, locate(file), replace))
+    name = re.sub(r"[^A-Za-z0-9_]", "_", module_name(file.removeprefix(BUILTIN)))
+    return _readable(Patch(name, objects, locate(file), replace))
 
 
 def _readable(patch: Patch) -> Patch:

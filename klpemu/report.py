@@ -206,4 +206,5 @@ def _finding_object(finding: Finding) -> dict[str, Any]:
         "symbol": finding.symbol or None,
         "expected": finding.expected.hex() or None,
         "found": finding.found.hex() or None,
+        "details": finding.details(),
     }

@@ -7,7 +7,7 @@ import errno
 from contextlib import AbstractContextManager
 from typing import Any
 
-from elf.errors import SymbolError
+from elf.errors import KlpemuError, SymbolError
 from emu.errno import KernelErrno
 from emu.list import init_list_head, list_add_tail, list_del, list_empty
 from emu.mutex import mutex_held
@@ -49,11 +49,10 @@ def klp_enable_patch(klp: Klp, patch_: Any) -> None:
         try:
             _klp_init_patch(klp, patch_)
             _klp_enable_patch(klp, patch_)
-        except KernelErrno:
+        except KlpemuError:
             _klp_free_patch_start(klp, patch_)
-            _klp_free_patch_finish(
-                klp, patch_
-            )  # the kernel does this behind the unlock, which changes nothing
+            # The kernel does this behind the unlock, which changes nothing.
+            _klp_free_patch_finish(klp, patch_)
             raise
 
 

@@ -5,6 +5,7 @@ the facts as declared; the structs that the kernel works on are in guest memory 
 the patch is enabled (`materialise`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -15,6 +16,10 @@ from elf.errors import KlpemuError
 __all__ = ["VMLINUX", "Func", "Patch", "declared", "discard", "materialise"]
 
 VMLINUX = "vmlinux"
+
+
+# What a module may be called is what a file may be called without suffix; `-` becomes `_`.
+MODULE_NAME = re.compile(r"[A-Za-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +33,16 @@ class Func:
     new: str
     sympos: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.old or not self.new:
+            raise KlpemuError("a func without a name", advice="name the old and the new function")
+        if not 0 <= self.sympos < 1 << 64:
+            raise KlpemuError(
+                f"symbol position {self.sympos}",
+                where=f"function '{self.old}'",
+                advice="count from 1, or leave it 0 for a name that is unique",
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Patch:
@@ -39,9 +54,18 @@ class Patch:
     replace: bool = False
 
     def __post_init__(self) -> None:
-        if not self.name:
-            raise KlpemuError("a patch without a name", advice="name it as its module is named")
+        if not MODULE_NAME.fullmatch(self.name) or self.name == VMLINUX:
+            raise KlpemuError(
+                f"no patch can be called '{self.name}'",
+                advice="name it as its module is named: letters, digits and underscores",
+            )
         for objname, funcs in self.objects.items():
+            if not MODULE_NAME.fullmatch(objname):
+                raise KlpemuError(
+                    f"no object is called '{objname}'",
+                    where=f"patch '{self.name}'",
+                    advice="name a module, or vmlinux",
+                )
             if not funcs:
                 raise KlpemuError(
                     f"object '{objname}' without functions",
@@ -58,21 +82,32 @@ def materialise(machine: Any, patch: Patch, module: int, new_func: Mapping[str, 
     """
     layouts, slab, view = machine.layouts, machine.slab, machine.view
     owner = f"patch {patch.name}"
-    object_size, func_size = layouts.sizeof("klp_object"), layouts.sizeof("klp_func")
+    object_size = layouts.sizeof("klp_object")
     guest = view("klp_patch", slab.kzalloc(layouts.sizeof("klp_patch"), f"klp_patch of {owner}"))
     guest.mod = module
     guest.replace = patch.replace
     guest.objs = slab.kzalloc(object_size * (len(patch.objects) + 1), f"klp_object[] of {owner}")
+    try:
+        _fill(machine, patch, guest, new_func)
+    except KlpemuError:
+        discard(machine, guest)
+        raise
+    return guest
+
+
+def _fill(machine: Any, patch: Patch, guest: Any, new_func: Mapping[str, int]) -> None:
+    layouts, slab, view = machine.layouts, machine.slab, machine.view
+    owner = f"patch {patch.name}"
+    object_size, func_size = layouts.sizeof("klp_object"), layouts.sizeof("klp_func")
     for number, (objname, funcs) in enumerate(patch.objects.items()):
         obj = view("klp_object", guest.objs + number * object_size)
-        obj.name = 0 if objname == VMLINUX else slab.kstrdup(objname, f"object name of {owner}")
         obj.funcs = slab.kzalloc(func_size * (len(funcs) + 1), f"klp_func[] of {owner}")
+        obj.name = 0 if objname == VMLINUX else slab.kstrdup(objname, f"object name of {owner}")
         for index, declared in enumerate(funcs):
             func = view("klp_func", obj.funcs + index * func_size)
             func.old_name = slab.kstrdup(declared.old, f"function name of {owner}")
             func.new_func = new_func[declared.new]
             func.old_sympos = declared.sympos
-    return guest
 
 
 def discard(machine: Any, guest: Any) -> None:

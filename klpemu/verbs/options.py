@@ -54,7 +54,7 @@ def kernel_options(verb: Verb) -> Verb:
 
 
 def budget_option(verb: Verb) -> Verb:
-    """`--budget`, 0 if it is not given."""
+    """`--budget`, None if it is not given."""
     return click.option(
         "--budget",
         type=click.IntRange(min=1),

@@ -29,7 +29,7 @@ class Finding:
 
     def __str__(self) -> str:
         step = f"{self.step}: " if self.step else ""
-        place = f" at {self.symbol or format(self.address, '#x')}" if self.address or self.symbol else ""
+        place = " at " + " ".join(filter(None, (f"{self.address:#x}", self.symbol))) if self.address else ""
         return f"klpemu: {step}{self.invariant}: {self.what}{place}"
 
     def details(self) -> list[str]:

@@ -32,7 +32,8 @@ def test_ftrace_bug_is_reported_as_the_kernel_reports_it(machine: Machine) -> No
         machine.ftrace.unregister_ftrace_function(ops)
     assert machine.log.lines[lines:] == [
         "------------[ ftrace bug ]------------",
-        f"ftrace failed to modify [<{site:016x}>] area_of+0x0/0x10",
+        "ftrace failed to modify ",
+        f"[<{site:016x}>] area_of+0x0/0x10",
         f" actual:   {actual.hex(':')}",
         f" expected: {expected.hex(':')}",
         "Setting ftrace call site to NOP",

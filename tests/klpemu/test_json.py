@@ -16,6 +16,7 @@ FINDING: Form = {
     "symbol": (str, None),
     "expected": (str, None),
     "found": (str, None),
+    "details": [str],
 }
 VERDICT: Form = {"schema": int, "verb": str, "holds": bool, "checks": int, "findings": [FINDING]}
 INSTRUCTION: Form = {"address": str, "place": str, "bytes": str, "text": str, "comment": str}
