@@ -18,8 +18,8 @@ from elf.errors import KlpemuError
 from emu.traps import GuestFault
 from klpemu.interrupt import INTERRUPTED, say_interrupted, watch_for_ctrl_c
 from klpemu.output import print_error
+from klpemu.report import FINDINGS
 from klpemu.verbs.demo import demo
-from klpemu.verbs.options import FINDINGS
 from klpemu.verbs.run import run
 from klpemu.verbs.sites import sites
 from klpemu.verbs.trace import trace

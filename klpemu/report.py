@@ -1,7 +1,8 @@
 """What steps, functions, traces and findings look like: as lines of text, and as parts of the JSON object."""
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, NoReturn
 
 from elf.errors import KlpemuError
 from emu.traps import GuestFault
@@ -14,6 +15,8 @@ from klpemu.step_runner import StepResult
 from patches.invariants.finding import Finding, Report
 
 __all__ = [
+    "FINDINGS",
+    "conclude",
     "fault_object",
     "print_findings",
     "print_function",
@@ -25,6 +28,8 @@ __all__ = [
     "verdict_object",
 ]
 
+# Exit status; 0 says that all holds, 2 (raised as KlpemuError or by click) that usage or input is bad.
+FINDINGS: Final = 1
 CODE_COLUMN = 27  # nine bytes of machine code
 
 
@@ -208,3 +213,11 @@ def _finding_object(finding: Finding) -> dict[str, Any]:
         "found": finding.found.hex() or None,
         "details": finding.details(),
     }
+
+
+def conclude(output: Output, results: Sequence[StepResult]) -> NoReturn:
+    """The verdict on all steps, the JSON object if it is wanted, and the end of the program."""
+    reports = [each.report for each in results]
+    print_verdict(output, reports)
+    output.finish({**verdict_object(reports), "steps": [step_object(each) for each in results]})
+    sys.exit(0 if all(each.holds for each in reports) else FINDINGS)

@@ -1,16 +1,14 @@
 """`klpemu demo`: the main job on the built-in fixtures, told stage by stage."""
 
-import sys
-
 import click
 
 from klpemu.fixtures import locate
 from klpemu.output import Output
-from klpemu.report import print_findings, print_function, print_verdict, step_object, verdict_object
+from klpemu.report import conclude, print_findings, print_function
 from klpemu.scenario import Action
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepResult, StepRunner
-from klpemu.verbs.options import FINDINGS, att_option, output_options
+from klpemu.verbs.options import att_option, output_options
 
 __all__ = ["DEMO", "demo"]
 
@@ -47,10 +45,7 @@ def demo(att: bool, as_json: bool, color: str) -> None:
         if result.fault is not None:
             output.fault(result.fault)
             break
-    reports = [each.report for each in results]
-    print_verdict(output, reports)
-    output.finish({**verdict_object(reports), "steps": [step_object(each) for each in results]})
-    sys.exit(0 if all(each.holds for each in reports) else FINDINGS)
+    conclude(output, results)
 
 
 def _print_stage(output: Output, results: list[StepResult]) -> None:

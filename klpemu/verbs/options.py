@@ -8,11 +8,7 @@ import click
 from klpemu.fixtures import locate
 from klpemu.output import COLORS
 
-__all__ = ["FINDINGS", "att_option", "budget_option", "kernel_options", "output_options"]
-
-# Exit status: 0 says that all holds, 2 (raised as KlpemuError or by click) that the usage or the input is
-# bad.
-FINDINGS = 1
+__all__ = ["att_option", "budget_option", "kernel_options", "output_options"]
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 

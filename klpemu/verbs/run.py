@@ -7,11 +7,11 @@ import click
 
 from klpemu.fixtures import locate, shown
 from klpemu.output import Output
-from klpemu.report import print_step, print_verdict, step_object, verdict_object
+from klpemu.report import FINDINGS, print_step, print_verdict, step_object, verdict_object
 from klpemu.scenario import Scenario
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepResult, StepRunner
-from klpemu.verbs.options import FINDINGS, att_option, output_options
+from klpemu.verbs.options import att_option, output_options
 
 __all__ = ["run"]
 

@@ -13,7 +13,8 @@ from elf.image import Image
 from elf.mcount import Site, SiteKind, fentry_sites, functions_at, patchable_sites
 from klpemu.fixtures import locate, shown
 from klpemu.output import Output, print_error
-from klpemu.verbs.options import FINDINGS, output_options
+from klpemu.report import FINDINGS
+from klpemu.verbs.options import output_options
 
 __all__ = ["sites"]
 

@@ -8,10 +8,10 @@ import click
 from klpemu.call_expression import CallExpression, parse_argument
 from klpemu.output import Output
 from klpemu.patch_argument import parse_patches
-from klpemu.report import fault_object, print_findings, print_trace, trace_object, verdict_object
+from klpemu.report import FINDINGS, fault_object, print_findings, print_trace, trace_object, verdict_object
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.step_runner import StepRunner
-from klpemu.verbs.options import FINDINGS, att_option, budget_option, kernel_options, output_options
+from klpemu.verbs.options import att_option, budget_option, kernel_options, output_options
 
 __all__ = ["trace"]
 

@@ -1,6 +1,5 @@
 """`klpemu verify`: enable each patch in turn, check everything after each, remove them all."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +9,10 @@ from elf.errors import KlpemuError
 from klpemu.call_expression import CallExpression, parse_call
 from klpemu.output import Output
 from klpemu.patch_argument import parse_patches
-from klpemu.report import print_step, print_verdict, step_object, verdict_object
+from klpemu.report import conclude, print_step
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.step_runner import StepResult, StepRunner
-from klpemu.verbs.options import FINDINGS, att_option, budget_option, kernel_options, output_options
+from klpemu.verbs.options import att_option, budget_option, kernel_options, output_options
 
 __all__ = ["verify"]
 
@@ -64,10 +63,7 @@ def verify(
         if result.fault is not None:
             output.fault(result.fault)
             break
-    reports = [each.report for each in results]
-    print_verdict(output, reports)
-    output.finish({**verdict_object(reports), "steps": [step_object(each) for each in results]})
-    sys.exit(0 if all(each.holds for each in reports) else FINDINGS)
+    conclude(output, results)
 
 
 def _stages(
