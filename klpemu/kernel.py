@@ -277,6 +277,8 @@ class Kernel:
         """The export that a livepatch module's init function calls."""
         guest = machine.view("klp_patch", registers["rdi"])
         try:
+            if not guest.address_ or not guest.mod or not guest.objs:
+                raise KernelErrno(errno.EINVAL, "a klp_patch without module or objects")
             name = self.klp.name_of(guest)
             loaded = machine.modules.objects.get(name)
             if loaded is None:

@@ -41,7 +41,7 @@ def refusal(kernel: Kernel, path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("seed", "count"),
-    [(1, 120), (2, 120), pytest.param(3, 3000, marks=pytest.mark.slow)],
+    [(1, 120), (2, 120), pytest.param(3, 1500, marks=pytest.mark.slow)],
 )
 def test_a_damaged_object_is_refused_whole_or_works(tmp_path: Path, seed: int, count: int) -> None:
     chance = random.Random(seed)
