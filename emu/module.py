@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from elf.errors import ElfError, SymbolError
 from elf.image import Image
 from elf.mcount import Site, SiteKind, fentry_sites, functions_at
-from elf.symbols import Symbol
+from elf.symbols import STB_WEAK, Symbol
 from emu.errno import KernelErrno
 from emu.list import list_add_rcu, list_del_rcu
 from emu.paging import Access
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from emu.machine import Machine
 
 __all__ = [
+    "MODULE_NAME_LEN",
     "LoadedObject",
     "ModuleLoader",
     "Text",
@@ -34,7 +35,7 @@ __all__ = [
     "texts_of",
 ]
 
-MODULE_NAME_LEN = 56
+MODULE_NAME_LEN = 56  # include/linux/module.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class ModuleLoader:
         if exported is not None:
             depends.add(exported[1])
             return exported[0]
-        if symbol.binding == 2:  # a weak reference may stay NULL
+        if symbol.binding == STB_WEAK:  # such a reference may stay NULL
             return 0
         return self.missing(symbol, name)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from elf.errors import KlpemuError
 from emu.ftrace_64 import RIP_RELATIVE_LOAD_RDX
+from emu.ftrace_ops import FtraceOpsFl
 from emu.kallsyms import Kallsyms
 from emu.module_area import ModuleArea
 from emu.paging import Access, AddressSpace
@@ -21,7 +22,6 @@ RET_SIZE = 5  # room for a jump to a return thunk
 RETURN = bytes.fromhex("c3cc000000")  # without one: ret, int3, and the rest of the page's zeroes
 JNZ_SHORT = 0x75
 NOP2 = bytes.fromhex("6690")
-FTRACE_OPS_FL_SAVE_REGS = 1 << 2
 
 
 class Trampolines:
@@ -37,7 +37,7 @@ class Trampolines:
 
     def create(self, ops: Any, func: int) -> tuple[int, int]:
         """Address and size in bytes of a new trampoline for `ops` that calls `func`."""
-        regs = bool(ops.flags & FTRACE_OPS_FL_SAVE_REGS)
+        regs = bool(ops.flags & FtraceOpsFl.SAVE_REGS)
         name = "ftrace_regs_caller" if regs else "ftrace_caller"
         start, end = self._symbol(name), self._symbol(f"{name}_end")
         code = bytearray(self._space.read(start, end - start))

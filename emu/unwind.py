@@ -13,6 +13,7 @@ from elf.eh_frame import CallFrames, read_eh_frame
 from elf.orc import OrcTable, read_orc
 from elf.unwind_row import FrameBase, FrameKind, UnwindRow
 from emu.frame_depth import frame_rows
+from emu.ftrace_ops import FtraceOpsFl
 from emu.memory import MemoryFault, read_u64
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["StackTrace", "Unwinder"]
 
 MAX_STACK_ENTRIES = 100  # kernel/livepatch/transition.c
-SAVE_REGS = 1 << 2
 PARTIAL = 16 * 8  # a partial pt_regs begins where ip would be: fifteen registers and orig_ax come before
 
 
@@ -170,7 +170,7 @@ class Unwinder:
         machine = self._machine
         for ops in machine.ftrace.each_ops():
             if ops.trampoline == trampoline:
-                name = "ftrace_regs_caller" if ops.flags & SAVE_REGS else "ftrace_caller"
+                name = "ftrace_regs_caller" if ops.flags & FtraceOpsFl.SAVE_REGS else "ftrace_caller"
                 return self._rows_of_entry().row_at(machine.symbol(name) + address - trampoline)
         return None
 

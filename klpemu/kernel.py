@@ -229,7 +229,7 @@ class Kernel:
         """What is on the func_stack of a function, newest first, as guest memory has it."""
         address = self.address_of(function)
         for ops in self.klp.ops():
-            funcs = list(_stack(ops))
+            funcs = list(list_for_each_entry(ops.func_stack, "klp_func", "stack_node"))
             if funcs and funcs[0].old_func == address:
                 return [
                     "nop" if func.nop else self.machine.kallsyms.describe(func.new_func) for func in funcs
@@ -331,7 +331,3 @@ class Kernel:
     def _allocations(self) -> dict[int, str]:
         slab, area = self.machine.slab.live, self.machine.area.live
         return {at: tag for at, (_, tag) in [*slab.items(), *area.items()]}
-
-
-def _stack(ops: Any) -> Any:
-    return list_for_each_entry(ops.func_stack, "klp_func", "stack_node")

@@ -10,6 +10,7 @@ from typing import Any
 from elf.errors import KlpemuError, SymbolError
 from emu.errno import KernelErrno
 from emu.list import init_list_head, list_add_tail, list_del, list_empty
+from emu.module import MODULE_NAME_LEN
 from emu.mutex import mutex_held
 from patches import patch, transition
 from patches.handler import KLP_PATCHED, KLP_UNPATCHED
@@ -28,7 +29,6 @@ __all__ = [
 ]
 
 KSYM_NAME_LEN = 512  # include/linux/kallsyms.h
-MODULE_NAME_LEN = 56  # include/linux/module.h
 SYSFS = "/kernel/livepatch"
 KOBJECT_INITIALIZED = 1 << 0
 KOBJECT_IN_SYSFS = 1 << 1
