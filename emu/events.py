@@ -6,7 +6,7 @@ A test that asks "in which order did the kernel store these?" reads it here.  Th
 
 import enum
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 __all__ = ["EVENTS_KEPT", "Event", "EventKind", "EventTrace"]
@@ -22,6 +22,9 @@ class EventKind(enum.Enum):
     SYNC = "sync"  # every vCPU has passed the predicate named in `note`
     TRAP = "trap"  # a vCPU executed an int3
     EMULATE = "emulate"  # a breakpoint handler dealt with it
+    SWITCH = "switch"  # a vCPU went from one task to another
+    SWITCH_POINT = "switch point"  # the task at `address` may change its version of what is patched
+    CALL = "call"  # a watched function was entered (emu/observer.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,17 @@ class EventTrace:
     def __init__(self) -> None:
         self.total = 0
         self._kept: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self.listeners: list[Callable[[Event], None]] = []
 
     def record(
         self, kind: EventKind, address: int = 0, before: bytes = b"", after: bytes = b"", note: str = ""
     ) -> None:
         """Append one event."""
         self.total += 1
-        self._kept.append(Event(self.total, kind, address, before, after, note))
+        event = Event(self.total, kind, address, before, after, note)
+        self._kept.append(event)
+        for listener in self.listeners:
+            listener(event)
 
     def since(self, number: int) -> list[Event]:
         """Events recorded after event `number`, oldest first, as far as they are kept."""

@@ -8,13 +8,18 @@ the host's stack.
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import greenlet
 
 from elf.errors import KlpemuError
 from emu.cpu import Stop, StopKind
-from emu.task import Activity, GuestCall, Service, Task
+from emu.task import Activity, GuestCall, Program, Service, Task
+from emu.timer import HZ
+
+if TYPE_CHECKING:
+    from emu.sched import Scheduler
+    from emu.timer import Timers
 
 __all__ = ["Door", "Hub", "RunToCompletion", "Schedule", "Traps"]
 
@@ -24,6 +29,11 @@ INSTRUCTION_BUDGET = 50_000_000
 # What leaving the guest is counted as: how many instructions were executed until then is not known, and a
 # guest that calls an export for ever has to end, too.
 EXIT_COST = 1_000
+# What has not come to an end after so many virtual jiffies never will.
+PATIENCE = 3600 * HZ
+
+
+Begun = TypeVar("Begun", bound=Activity)
 
 
 class Door:
@@ -83,8 +93,12 @@ class Traps(Protocol):
         """The error that ends the call: an exception nobody handles, or a spent budget."""
         ...
 
-    def frame(self, call: GuestCall, stack: int) -> dict[str, int]:
-        """Build the stack frame of a call below `stack`; returns the registers to enter it with."""
+    def enter(self, task: Task, call: GuestCall) -> None:
+        """Build the stack frame of a call below what the task is doing, and set the registers."""
+        ...
+
+    def exit_to_user_mode(self, task: Task) -> None:
+        """A user task is about to return to user space (called in a service)."""
         ...
 
     def entering(self, task: Task, instructions: int) -> None:
@@ -95,6 +109,9 @@ class Traps(Protocol):
 class Hub:
     """Runs the tasks' activities, one step at a time."""
 
+    sched: "Scheduler"
+    timers: "Timers"
+
     def __init__(self, traps: Traps) -> None:
         self.tasks: list[Task] = []
         self.schedule: Schedule = RunToCompletion()
@@ -103,6 +120,7 @@ class Hub:
         self._greenlet = greenlet.getcurrent()
         self._running: Service | None = None
         self._current: Task | None = None
+        self._failed: BaseException | None = None
 
     @property
     def current(self) -> Task:
@@ -120,44 +138,75 @@ class Hub:
         """Let `task` call guest code next; `registers` are set beside the arguments."""
         call = GuestCall(entry=entry, arguments=tuple(arguments), registers=registers)
         call.budget = self.instruction_budget
-        task.activities.append(call)
-        return call
+        return self._begin(task, call)
 
     def serve(self, task: Task, name: str, body: Callable[[], Any]) -> Service:
         """Let `task` run a service next."""
-        service = Service(name=name, body=body)
-        task.activities.append(service)
-        return service
+        return self._begin(task, Service(name=name, body=body))
 
     def finish(self, task: Task, activity: Activity) -> Any:
         """Run until `activity`, which is the task's, is done; returns its result or raises its error."""
         if self._running is not None:
             task.activities.remove(activity)
             raise KlpemuError("a service waits at its door, it does not drive the hub")
-        self._greenlet = greenlet.getcurrent()
-        picked = task
         try:
-            while not activity.finished:
-                runnable = [each for each in self.tasks if each.runnable]
-                if not runnable:
-                    raise KlpemuError(f"deadlock: {self._blocked()}")
-                picked, instructions = self.schedule.pick(runnable, task)
-                self.advance(picked, instructions)
+            limit = self.timers.now + PATIENCE
+            self.run(lambda: activity.finished or self.timers.now >= limit, task)
         except BaseException:
-            self.abandon(picked)
             self.abandon(task)
             raise
+        if not activity.finished:
+            message = f"no end in {PATIENCE // HZ} virtual seconds: {self._blocked()}"
+            self.abandon(task)
+            raise KlpemuError(message)
         if activity.error is not None:
             raise activity.error
         return activity.result
 
+    def run(self, until: Callable[[], bool], finishing: Task, deadline: int | None = None) -> None:
+        """Let everybody go on until the predicate holds, or until jiffy `deadline` (counted from boot).
+
+        When all vCPUs are idle, time goes on to the next timer.  Raises KlpemuError for a deadlock, and what
+        went wrong in a task that nobody waits for.
+        """
+        self._greenlet = greenlet.getcurrent()
+        sched, timers = self.sched, self.timers
+        while not until():
+            if deadline is not None and timers.now >= deadline:
+                return
+            tasks = sched.candidates()
+            if tasks:
+                picked, instructions = self.schedule.pick(tasks, finishing)
+                try:
+                    self.advance(picked, instructions)
+                except BaseException:
+                    self.abandon(picked)
+                    raise
+                if self._failed is not None:
+                    error, self._failed = self._failed, None
+                    raise error
+                continue
+            sched.idle()
+            if any(each.idle.activities for each in sched.runqueues):
+                continue
+            expiry = timers.next_expiry
+            if expiry is None and deadline is None:
+                raise KlpemuError(f"deadlock: {self._blocked()}")
+            ends = [each for each in (expiry, deadline) if each is not None]
+            timers.advance_to(min(ends))
+
     def advance(self, task: Task, instructions: int | None = None) -> None:
         """One step of one task: a service up to its next door, or guest code for some instructions."""
-        top = task.top
-        if isinstance(top, GuestCall):
-            self._advance_guest(task, top, instructions)
-        elif isinstance(top, Service):
-            self._advance_service(task, top)
+        self.sched.switch_to(task)
+        match task.top:
+            case GuestCall() as call:
+                self._advance_guest(task, call, instructions)
+            case Service() as service:
+                self._advance_service(task, service)
+            case Program() as program:
+                self._advance_program(task, program)
+        if not task.activities:
+            self.sched.rest(task)
 
     def abandon(self, task: Task) -> None:
         """Drop all that a task was doing, after an error that nothing can go on from."""
@@ -166,8 +215,11 @@ class Hub:
             if isinstance(activity, Service) and activity.coroutine:
                 # What the service does on its way out (it releases a mutex) is done; what fails there is
                 # lost.
+                self._current = task
                 with suppress(KlpemuError):
                     activity.coroutine.throw(greenlet.GreenletExit)
+                self._current = None
+        self.sched.abandon(task)
 
     # Doors, called from inside a service.
 
@@ -176,14 +228,26 @@ class Hub:
         if self._running is not None and self.schedule.interleaves:
             self._greenlet.switch(Door(kind, address))
 
-    def wait(self, holds: Callable[[], bool], what: str) -> None:
-        """Wait until a predicate holds; outside of services this does nothing."""
+    def wait(self, holds: Callable[[], bool], what: str, *, spins: bool = False) -> None:
+        """Wait until a predicate holds, asleep or spinning on the vCPU; outside of services this does
+        nothing.
+        """
         service = self._running
         if service is None or (not self.schedule.interleaves and holds()):
             return
-        service.waiting, service.waiting_for = holds, what
-        self._greenlet.switch(Door("wait"))
-        service.waiting = None
+        task = self.current
+        service.waiting, service.waiting_for, service.spins = holds, what, spins
+        while True:
+            if not spins:
+                self.sched.sleep_until(task)
+            self._greenlet.switch(Door("wait"))
+            if holds():
+                break
+        service.waiting, service.spins = None, False
+
+    def leave(self, kind: str) -> None:
+        """The current task has given its vCPU up; this returns when it has it again."""
+        self._greenlet.switch(Door(kind))
 
     def call_guest(self, entry: int, *arguments: int) -> int:
         """Call guest code on the current task's own stack; returns RAX."""
@@ -194,11 +258,27 @@ class Hub:
 
     # Steps.
 
+    def _begin(self, task: Task, activity: Begun) -> Begun:
+        task.activities.append(activity)
+        if not task.running:
+            self.sched.enqueue(task)
+        return activity
+
+    def _advance_program(self, task: Task, program: Program) -> None:
+        if program.in_kernel and not task.kthread:
+            program.in_kernel = False
+            self.serve(task, "exit_to_user_mode", lambda: self._traps.exit_to_user_mode(task))
+        elif program.next_call(task):
+            program.in_kernel = True
+        else:
+            self._done(task, program, program.result, None)
+
     def _advance_service(self, task: Task, service: Service) -> None:
         if service.coroutine is None:
             body = service.body
             assert body is not None
             service.coroutine = greenlet.greenlet(body, parent=self._greenlet)
+            self.timers.spend(EXIT_COST)
         self._running, self._current = service, task
         try:
             if service.inbox_error is not None:
@@ -221,7 +301,6 @@ class Hub:
             self._done(task, service, answer, None)
 
     def _advance_guest(self, task: Task, call: GuestCall, instructions: int | None) -> None:
-        cpu = task.cpu
         if call.breakpoint is not None:
             address, call.breakpoint = call.breakpoint, None
             if not self._traps.breakpoint(task, address):
@@ -229,14 +308,15 @@ class Hub:
                 self._done(task, call, None, self._traps.fault(task, call, stop))
             return
         if not call.started:
-            self._start(task, call)
+            call.started = True
+            self._traps.enter(task, call)
         share = max(1, min(call.budget, instructions or call.budget))
         self._traps.entering(task, share)
-        stop = cpu.run(share)
+        stop = task.cpu.run(share)
         call.budget -= share
         if stop.kind is StopKind.BUDGET:
             if self._traps.is_return(stop.rip):
-                result = cpu.registers()["rax"]
+                result = task.cpu.registers()["rax"]
                 self._done(task, call, result, None)
                 return
             export = self._traps.export_at(stop.rip)
@@ -244,6 +324,7 @@ class Hub:
                 call.budget += share - EXIT_COST
                 self.serve(task, "export", lambda: export(task))
                 return
+            self.timers.spend(share)
             if call.budget > 0:
                 return
         elif stop.kind is StopKind.BREAKPOINT:
@@ -256,16 +337,6 @@ class Hub:
             return
         self._done(task, call, None, self._traps.fault(task, call, stop))
 
-    def _start(self, task: Task, call: GuestCall) -> None:
-        below = next((each for each in reversed(task.activities[:-1]) if isinstance(each, GuestCall)), None)
-        if below is None:
-            stack = task.stack_top
-        else:
-            call.saved = task.cpu.registers()
-            stack = call.saved["rsp"]
-        call.started = True
-        task.cpu.set_registers(self._traps.frame(call, stack))
-
     def _done(self, task: Task, activity: Activity, result: Any, error: BaseException | None) -> None:
         """Pop a finished activity and hand its result, or its error, to the one below."""
         activity.finished, activity.result, activity.error = True, result, error
@@ -275,16 +346,23 @@ class Hub:
             task.cpu.set_registers(activity.saved)
         if isinstance(below, Service):
             below.inbox, below.inbox_error = result, error
+        elif isinstance(below, Program):
+            if isinstance(activity, GuestCall):
+                below.result = result
+            if error is not None:
+                self._done(task, below, None, error)
         elif isinstance(below, GuestCall):
             if error is not None:
                 self._done(task, below, None, error)
             elif isinstance(activity, Service):
                 task.cpu.set_registers({"rax": result or 0})
+        elif isinstance(activity, Program):
+            self._failed = error
 
     def _blocked(self) -> str:
         waiting = [
-            f"{task.name} waits for {task.top.waiting_for}"
+            f"{task.name} waits for {top.waiting_for}"
             for task in self.tasks
-            if isinstance(task.top, Service)
+            if isinstance(top := task.top, Service) and not task.running
         ]
         return ", ".join(waiting) or "no task has anything to do"

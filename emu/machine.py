@@ -1,42 +1,49 @@
 """The machine put together: memory, vCPUs, tasks, the kernel image and ftrace."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from elf.image import Image
 from elf.layout import struct_layouts
 from elf.mcount import fentry_sites
+from emu import mutex, sleep, wait
 from emu.arena import ARENA_SIZE, Arena
 from emu.cpu import VCpu
+from emu.entry import exit_to_user_mode_loop as exit_loop
+from emu.entry import exit_work
 from emu.events import EventKind, EventTrace
 from emu.exports import CANNOT_RUN, EXPORTS, append_guest_exports
 from emu.flight_recorder import FlightRecorder
+from emu.fork import Stacks, fork_idle, new_task
 from emu.ftrace import Ftrace
 from emu.hub import Hub
 from emu.kallsyms import Kallsyms
-from emu.list import list_add_tail
-from emu.memory import PAGE_SIZE
 from emu.module import LoadedObject, ModuleLoader, convert_sites, refuse_bad_sites, texts_of
 from emu.module_area import ModuleArea
 from emu.paging import Access, AddressSpace
 from emu.percpu import PerCpu
 from emu.placement import Placement
 from emu.printk import Printk
+from emu.rcu import synchronize
+from emu.sched import Scheduler
 from emu.slab import Slab
-from emu.task import Task
+from emu.switch_to import INTERRUPT_STUB, StackFrames
+from emu.task import Activity, Service, Task
 from emu.text_poke import TextPoker
+from emu.timer import Timers
 from emu.trampoline import Trampolines
 from emu.traps import GuestTraps
 from emu.unwind import Unwinder
 from emu.view import GuestVariable, Layouts
 from emu.vmlinux import EntryCode, place_vmlinux
+from emu.workqueue import Workqueue
 
-__all__ = ["Machine", "SharedMemory"]
+__all__ = ["EXPORTING", "Machine", "SharedMemory"]
 
-THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
-STACKS = 0xFFFF_C900_0000_0000
+# Modules whose functions enter themselves into EXPORTS.
+EXPORTING = (mutex, sleep, wait)
 
 
 class SharedMemory:
@@ -56,6 +63,24 @@ class SharedMemory:
         before = self._space.read(address, len(data))
         self._space.write(address, data)
         self._events.record(EventKind.STORE, address, before, data)
+
+    def fetch_or(self, address: int, bits: int) -> int:
+        """Set bits of the 64-bit word, nobody in between; returns what it was (lock or)."""
+        return self._locked("fetch_or", address, lambda value: value | bits)
+
+    def fetch_andnot(self, address: int, bits: int) -> int:
+        """Clear bits of the 64-bit word, nobody in between; returns what it was (lock and)."""
+        return self._locked("fetch_andnot", address, lambda value: value & ~bits)
+
+    def _locked(self, kind: str, address: int, change: Callable[[int], int]) -> int:
+        self._hub.door(kind, address)
+        before = self._space.read(address, 8)
+        value = int.from_bytes(before, "little")
+        after = change(value).to_bytes(8, "little")
+        if after != before:
+            self._space.write(address, after)
+            self._events.record(EventKind.STORE, address, before, after)
+        return value
 
     def cmpxchg(self, address: int, old: int, new: int) -> bool:
         """Store `new` into the 64-bit word if it holds `old`, nobody in between; False if it does not."""
@@ -95,16 +120,19 @@ class Machine:
         self.slab = Slab(self.space)
         self.area = ModuleArea(self.space)
         self.percpu = PerCpu(self.space)
-        self._next_stack = STACKS
+        self.stacks = Stacks(self)
         self.poker = TextPoker(self.space, self.events, self.synchronize, self._door)
         self.traps = GuestTraps(self)
         self.hub = Hub(self.traps)
         self.shared = SharedMemory(self.space, self.hub, self.events)
         self.recorder = FlightRecorder(self)
-        self.unwinder = Unwinder(self)
         self.modules = ModuleLoader(self)
+        # Livepatch's part in the scheduler, in fork and on the way to user space: the rooms above set them.
+        # They get addresses of task_structs.
+        self.klp_update_patch_state: Callable[[int], None] = lambda task: None
+        self.klp_copy_process: Callable[[int, int], None] = lambda child, parent: None
 
-        exits = sorted({*EXPORTS, *CANNOT_RUN, *stubs})
+        exits = sorted({*EXPORTS, *CANNOT_RUN, *stubs, INTERRUPT_STUB})
         self.vmlinux = place_vmlinux(
             image, self.layouts, self.percpu.alloc, (append_guest_exports, *entry_code), exits
         )
@@ -114,6 +142,7 @@ class Machine:
         for _ in range(cpus):
             self.percpu.new_area()
         self._boot()
+        self.unwinder = Unwinder(self)
         self.cpus = [VCpu(self.space, number, area) for number, area in enumerate(self.percpu.areas)]
         self.tracer = VCpu(self.space, 0, self.percpu.areas[0], trace=True)
         self.trampolines = Trampolines(self.space, self.area, self.kallsyms, self.symbol)
@@ -128,11 +157,8 @@ class Machine:
             self.synchronize,
         )
         self.ftrace.ftrace_module_init(self.modules.objects[""].sites)
-        self.stream_stack = self.new_stack()
-        self.tasks: list[Task] = []
-        for cpu in self.cpus:
-            self.tasks.append(self._new_task(cpu))
-        self.hub.tasks = self.tasks
+        self.stream_stack = self.stacks.alloc()
+        self._start_tasks()
 
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> "Machine":
@@ -176,28 +202,38 @@ class Machine:
 
     def service(self, name: str, body: Callable[[], Any]) -> Any:
         """Run a kernel service on behalf of the first task; returns what it returns."""
-        return self.hub.finish(self.init_task, self.hub.serve(self.init_task, name, body))
+        return self._system_call(self.hub.serve(self.init_task, name, body))
 
     def call(self, entry: int, *arguments: int, **registers: int) -> int:
         """Call guest code on the first task's stack; returns RAX."""
+        return int(self._system_call(self.hub.call(self.init_task, entry, arguments, **registers)))
+
+    def run(self, until: Callable[[], bool], jiffies: int | None = None) -> bool:
+        """Let the machine go on until the predicate holds or so many jiffies have passed; does it hold?"""
+        deadline = None if jiffies is None else self.timers.now + jiffies
+        self.hub.run(until, self.init_task, deadline)
+        return until()
+
+    def _system_call(self, activity: Activity) -> Any:
+        """The first task's request, and its way back to user space."""
         task = self.init_task
-        return int(self.hub.finish(task, self.hub.call(task, entry, arguments, **registers)))
+        result = self.hub.finish(task, activity)
+        if exit_work(self, task):
+            self.hub.finish(task, self.hub.serve(task, "exit_to_user_mode", partial(exit_loop, self, task)))
+        else:
+            self.events.record(EventKind.SWITCH_POINT, task.struct, note="return to user space")
+        return result
 
     def synchronize(self, what: str) -> None:
-        """Wait until every vCPU has passed an interruptible boundary or has scheduled, and record it.
+        """Wait for a grace period or a sync (emu/rcu.py)."""
+        synchronize(self, what)
 
-        While a vCPU is in the middle of guest code it is at an instruction boundary whenever a service runs,
-        and its view of memory is never stale; but one that has executed an `int3` takes no interrupt until
-        that is dealt with, so text_poke_sync waits for it.  A grace period waits for what the others are
-        doing to end, or to sleep.
-        """
-        me = self.hub.current if self.hub.in_service else None
-        others = [task for task in self.tasks if task is not me]
-        if what in ("text_poke_sync", "ftrace_sync_ipi"):
-            self.hub.wait(lambda: all(task.interruptible for task in others), what)
-        else:
-            self.hub.wait(lambda: all(task.has_scheduled for task in others), what)
-        self.events.record(EventKind.SYNC, note=what)
+    def on_stack(self, size: int) -> int:
+        """Address of `size` bytes on the current task's stack, until the running service ends."""
+        task = self.hub.current
+        service = task.top
+        assert isinstance(service, Service)
+        return self.frames.allocate(task, service, size)
 
     # Memory of the image and of modules.
 
@@ -230,36 +266,27 @@ class Machine:
         self.kallsyms.add("", self.vmlinux.ksyms(), spans)
         self.modules.objects[""] = loaded
 
-    def new_stack(self) -> int:
-        """The first address above a fresh kernel stack, with a guard page below it."""
-        bottom = self._next_stack + PAGE_SIZE
-        self._next_stack = bottom + THREAD_SIZE
-        frame = self.space.arena.writable_frames(THREAD_SIZE // PAGE_SIZE)
-        self.space.map(bottom, THREAD_SIZE, Access.WRITE, frame)
-        return bottom + THREAD_SIZE
-
-    def _new_task(self, cpu: VCpu) -> Task:
-        """A user task, current on its vCPU and linked behind init_task, which is the idle task."""
-        number = cpu.number + 1
-        comm = "init" if number == 1 else f"task{number}"
-        address = self.slab.kzalloc(self.layouts.sizeof("task_struct"), f"task_struct {comm}")
-        init_task = self.view("task_struct", self.symbol("init_task"))
-        struct = self.view("task_struct", address)
-        struct.pid = number
-        struct.tgid = number
-        struct.comm = comm.encode()
-        struct.patch_state = -1
-        struct.stack_canary = init_task.stack_canary
-        top = self.new_stack()
-        struct.stack = top - THREAD_SIZE
-        list_add_tail(struct.tasks, init_task.tasks)
-        offset = self.vmlinux.symbols["current_task"]
-        self.space.write(cpu.gs_base + offset, address.to_bytes(8, "little"))
-        if "cpu_number" in self.vmlinux.symbols:
-            self.space.write(
-                cpu.gs_base + self.vmlinux.symbols["cpu_number"], cpu.number.to_bytes(4, "little")
-            )
-        return Task(comm, address, top, cpu)
+    def _start_tasks(self) -> None:
+        """The idle tasks, and a user task on each vCPU, which does what the host asks for."""
+        self.tasks: list[Task] = []
+        self.by_struct: dict[int, Task] = {}
+        self.last_pid = 0
+        self.frames = StackFrames(self)
+        self.timers = Timers(self)
+        symbols = self.vmlinux.symbols
+        for cpu in self.cpus:
+            number = cpu.number.to_bytes(4, "little")
+            if "cpu_number" in symbols:
+                self.space.write(cpu.gs_base + symbols["cpu_number"], number)
+        idle = [fork_idle(self, cpu) for cpu in self.cpus]
+        for task in idle:
+            base = task.cpu.gs_base
+            self.space.write(base + symbols["current_task"], task.struct.to_bytes(8, "little"))
+        self.sched = Scheduler(self, idle)
+        self.hub.sched, self.hub.timers, self.hub.tasks = self.sched, self.timers, self.tasks
+        for cpu in self.cpus:
+            new_task(self, "init" if cpu.number == 0 else f"task{cpu.number + 1}", cpu)
+        self.workqueue = Workqueue(self)
 
     def _door(self, kind: str, address: int) -> None:
         self.hub.door(kind, address)

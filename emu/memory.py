@@ -16,6 +16,7 @@ __all__ = [
     "Snapshot",
     "WritableMemory",
     "read_string",
+    "read_u32",
     "read_u64",
 ]
 
@@ -79,6 +80,11 @@ class Snapshot:
         """Addresses of the pages that differ between this snapshot and a later one, or exist in one only."""
         pages = self._pages.keys() | later._pages.keys()
         return sorted(page << 12 for page in pages if self._pages.get(page) != later._pages.get(page))
+
+
+def read_u32(memory: Memory, address: int) -> int:
+    """The little-endian 32-bit word at a guest virtual address."""
+    return int.from_bytes(memory.read(address, 4), "little")
 
 
 def read_u64(memory: Memory, address: int) -> int:

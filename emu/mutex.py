@@ -1,13 +1,19 @@
-"""struct mutex in guest memory: the owner is a task_struct's address, 0 means free (kernel/locking/mutex.c).
+"""struct mutex in guest memory: kernel/locking/mutex.c.
 
-Waiting is the hub's business; the wait list of the struct stays empty.
+The owner is a task_struct's address, 0 means free; the flag bits that the kernel keeps beside it, optimistic
+spinning and handing over are not modelled.  Waiters are on the wait_list, with a struct mutex_waiter on their
+stacks.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from emu.memory import read_u64
+from emu.exports import export
+from emu.list import list_add_tail, list_del, list_empty
+from emu.sleep import set_current_state
+from emu.thread_info import TASK_RUNNING, TASK_UNINTERRUPTIBLE
+from emu.view import list_for_each_entry
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -18,11 +24,67 @@ __all__ = ["mutex_held"]
 @contextmanager
 def mutex_held(machine: "Machine", symbol: str) -> Iterator[None]:
     """Hold the global mutex `symbol` on behalf of the current task."""
-    owner = machine.symbol(symbol) + machine.layouts.offsetof("mutex", "owner")
-    task = machine.hub.current.struct
-    while not machine.shared.cmpxchg(owner, 0, task):
-        machine.hub.wait(lambda: not read_u64(machine.space, owner), symbol)
+    lock = machine.symbol(symbol)
+    _lock(machine, lock)
     try:
         yield
     finally:
-        machine.shared.write(owner, bytes(8))
+        _unlock(machine, lock)
+
+
+@export
+def mutex_lock(machine: "Machine", lock: int) -> None:
+    """Take the mutex; sleep until it is free."""
+    _lock(machine, lock)
+
+
+@export
+def mutex_trylock(machine: "Machine", lock: int) -> int:
+    """Take the mutex if it is free: 1 if that worked."""
+    return int(_try(machine, lock))
+
+
+@export
+def mutex_unlock(machine: "Machine", lock: int) -> None:
+    """Release the mutex and wake the first who waits for it."""
+    _unlock(machine, lock)
+
+
+@export
+def __mutex_init(machine: "Machine", lock: int) -> None:
+    """A free mutex."""
+    mutex = machine.view("mutex", lock)
+    mutex.owner.counter = 0
+    mutex.wait_list.next = mutex.wait_list.address_
+    mutex.wait_list.prev = mutex.wait_list.address_
+
+
+def _try(machine: "Machine", lock: int) -> bool:
+    owner = lock + machine.layouts.offsetof("mutex", "owner")
+    return machine.shared.cmpxchg(owner, 0, machine.hub.current.struct)
+
+
+def _lock(machine: "Machine", lock: int) -> None:
+    if _try(machine, lock):
+        return
+    mutex = machine.view("mutex", lock)
+    waiter = machine.view("mutex_waiter", machine.on_stack(machine.layouts.sizeof("mutex_waiter")))
+    waiter.task = machine.hub.current.struct
+    list_add_tail(waiter.list, mutex.wait_list)
+    set_current_state(machine, TASK_UNINTERRUPTIBLE)
+    try:
+        while not _try(machine, lock):
+            machine.sched.schedule(machine.kallsyms.describe(lock).split("+")[0])
+            set_current_state(machine, TASK_UNINTERRUPTIBLE)
+    finally:
+        set_current_state(machine, TASK_RUNNING)
+        list_del(waiter.list)
+
+
+def _unlock(machine: "Machine", lock: int) -> None:
+    mutex = machine.view("mutex", lock)
+    mutex.owner.counter = 0
+    if list_empty(mutex.wait_list):
+        return
+    first = next(list_for_each_entry(mutex.wait_list, "mutex_waiter", "list"))
+    machine.sched.try_to_wake_up(machine.by_struct[first.task])

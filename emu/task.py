@@ -13,7 +13,7 @@ import greenlet
 
 from emu.cpu import VCpu
 
-__all__ = ["Activity", "GuestCall", "Service", "Task"]
+__all__ = ["Activity", "Context", "GuestCall", "Program", "Service", "Task"]
 
 
 @dataclass(eq=False, slots=True)
@@ -45,29 +45,68 @@ class GuestCall(Activity):
 
 @dataclass(eq=False, slots=True)
 class Service(Activity):
-    """Sequential Python on behalf of a task, as a greenlet; `waiting` is the predicate it waits for."""
+    """Sequential Python on behalf of a task, as a greenlet; `waiting` is the predicate it waits for.
+
+    While it `spins` it keeps its vCPU busy, otherwise it sleeps.  `stack` is the lowest address of the task's
+    stack that it uses, `frame_pointer` what rbp is in what it calls, and `returns_to` the address in the
+    export's stub that this returns to; they are 0 until they are needed (emu/switch_to.py).
+    """
 
     name: str = ""
     body: Callable[[], Any] | None = None
     coroutine: greenlet.greenlet | None = None
     waiting: Callable[[], bool] | None = None
     waiting_for: str = ""
+    spins: bool = False
+    in_user_space: bool = False
     inbox: Any = None
     inbox_error: BaseException | None = None
+    stack: int = 0
+    frame_pointer: int = 0
+    returns_to: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Program(Activity):
+    """What a task does by itself, call by call: `next_call` starts the next one, or returns False at the end.
+
+    Between two calls a user task is in user space; `in_kernel` says that it has still to return there.
+    """
+
+    next_call: Callable[["Task"], bool] = lambda task: False
+    in_kernel: bool = False
+
+
+@dataclass(slots=True)
+class Context:
+    """The registers of a task that another one has taken the vCPU from."""
+
+    registers: dict[str, int]
+    vectors: bytes
 
 
 @dataclass(eq=False, slots=True)
 class Task:
     """A task on a vCPU.
 
-    `struct` is the address of its task_struct, `stack_top` the first address above its stack.
+    `struct` is the address of its task_struct, `stack_top` the first address above its stack, `stack_base`
+    where the frames of its kernel code begin: below the pt_regs of its entry from user space.  `running`: its
+    vCPU executes it; `queued`: it would run if it was picked; neither: it is blocked.  `preempted`: it was
+    taken off its vCPU at an arbitrary instruction.
     """
 
     name: str
     struct: int
     stack_top: int
     cpu: VCpu
+    kthread: bool = False
+    idle: bool = False
     activities: list[Activity] = field(default_factory=list)
+    running: bool = False
+    queued: bool = False
+    preempted: bool = False
+    context: Context | None = None
+    stack_base: int = 0
 
     @property
     def top(self) -> Activity | None:
@@ -76,18 +115,16 @@ class Task:
 
     @property
     def quiescent(self) -> bool:
-        """The task holds no reference into anything: it executes no guest code and runs no service."""
-        return not self.activities
-
-    @property
-    def has_scheduled(self) -> bool:
-        """The task is in the middle of nothing: it does nothing at all, or it sleeps at a door.
-
-        A service that sleeps has given up its vCPU of its own accord, which is what grace periods wait for;
-        so two tasks that both wait for one do not wait for each other.
-        """
+        """The task executes no kernel code: it does nothing, or it is in user space."""
         top = self.top
-        return top is None or (isinstance(top, Service) and top.waiting is not None)
+        match top:
+            case None:
+                return True
+            case Program():
+                return not self.kthread and not top.in_kernel
+            case Service():
+                return top.in_user_space
+        return False
 
     @property
     def interruptible(self) -> bool:
@@ -102,3 +139,8 @@ class Task:
         if isinstance(top, Service) and top.waiting is not None:
             return top.waiting()
         return top is not None
+
+    @property
+    def in_guest(self) -> bool:
+        """Guest code is somewhere in what the task is doing, so its registers matter."""
+        return any(isinstance(each, GuestCall) and each.started for each in self.activities)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from elf.errors import KlpemuError
 from emu.assembly import disassemble
 from emu.cpu import REGISTERS, Stop, StopKind
+from emu.entry import exit_to_user_mode_loop
 from emu.events import EventKind
 from emu.memory import PAGE_SIZE, MemoryFault
-from emu.task import GuestCall, Task
+from emu.task import GuestCall, Service, Task
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -118,16 +119,35 @@ class GuestTraps:
         task.cpu.set_registers({"rip": address + 2})
         return True
 
-    def frame(self, call: GuestCall, stack: int) -> dict[str, int]:
-        """psABI 3.2.2: at the first instruction RSP + 8 is a multiple of 16: the seventh argument."""
+    def enter(self, task: Task, call: GuestCall) -> None:
+        below = task.activities[-2] if len(task.activities) > 1 else None
+        if isinstance(below, Service):
+            frame = self._machine.frames.frame_of(task, below)
+            if frame.frame_pointer:
+                call.saved = task.cpu.registers()
+            registers = self.frame(call, frame.stack, frame.returns_to, frame.frame_pointer)
+        else:
+            registers = self.frame(call, task.stack_base)
+        task.cpu.set_registers(registers)
+
+    def frame(
+        self, call: GuestCall, stack: int, returns_to: int = 0, frame_pointer: int = 0
+    ) -> dict[str, int]:
+        """Build the stack frame of a call below `stack`; returns the registers to enter it with.
+
+        psABI 3.2.2: at the first instruction RSP + 8 is a multiple of 16: the seventh argument.
+        """
         rest = call.arguments[len(ARGUMENTS) :]
         rsp = ((stack - 8 * len(rest)) & ~15) - 8
-        words = (self._machine.return_address, *rest)
+        words = (returns_to or self._machine.return_address, *rest)
         data = b"".join((word & 0xFFFF_FFFF_FFFF_FFFF).to_bytes(8, "little") for word in words)
         self._machine.space.write(rsp, data)
         registers = dict.fromkeys(REGISTERS, 0) | {"eflags": 2, "rsp": rsp, "rip": call.entry}
-        registers |= dict(zip(ARGUMENTS, call.arguments, strict=False))
+        registers |= {"rbp": frame_pointer} | dict(zip(ARGUMENTS, call.arguments, strict=False))
         return registers | call.registers
+
+    def exit_to_user_mode(self, task: Task) -> None:
+        exit_to_user_mode_loop(self._machine, task)
 
     def entering(self, task: Task, instructions: int) -> None:
         self._machine.recorder.checkpoint(task.cpu, instructions)
@@ -159,7 +179,7 @@ class GuestTraps:
             except MemoryFault:
                 return ["  (the stack is not readable)"]
             registers = registers | {"rip": back, "rsp": registers["rsp"] + 8}
-        trace = machine.unwinder.walk(registers, machine.return_address)
+        trace = machine.unwinder.walk(registers)
         lines = [f"  {machine.kallsyms.describe(address)}" for address in trace.entries[:CALLERS_SHOWN]]
         if len(trace.entries) > CALLERS_SHOWN:
             return [*lines, f"  ... and {len(trace.entries) - CALLERS_SHOWN} more"]

@@ -15,6 +15,7 @@ from elf.unwind_row import FrameBase, FrameKind, UnwindRow
 from emu.frame_depth import frame_rows
 from emu.ftrace_ops import FtraceOpsFl
 from emu.memory import MemoryFault, read_u64
+from emu.switch_to import INACTIVE_FRAME, INTERRUPT_STUB
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["StackTrace", "Unwinder"]
 
 MAX_STACK_ENTRIES = 100  # kernel/livepatch/transition.c
+# In an exit stub, from behind its first `hlt`: what the export calls returns behind this instruction.
+STUB_CALLS = 1
+# The frame of an export is that of a function which begins with push rbp; mov rbp, rsp (emu/switch_to.py).
+CALLED_BY_EXPORT = UnwindRow(FrameBase.BP, 16, -16)
+INTERRUPTED = UnwindRow(FrameBase.SP, 0, None, kind=FrameKind.REGS)
 PARTIAL = 16 * 8  # a partial pt_regs begins where ip would be: fifteen registers and orig_ax come before
 
 
@@ -59,11 +65,25 @@ class Unwinder:
         self._machine = machine
         self._tables: dict[str, OrcTable | CallFrames | None] = {}
         self._entry_rows: CallFrames | None = None
+        self._thread_sp = machine.layouts.offsetof("task_struct", "thread.sp")
         self.recover_return_address: Callable[[int, int], int] = lambda address, slot: address
 
-    def walk(self, registers: Mapping[str, int], outermost: int) -> StackTrace:
-        """Walk from a CPU's registers to the frame that returns to `outermost`."""
-        frame = _Frame(registers["rip"], registers["rsp"], registers["rbp"], True, registers)
+    def walk(self, registers: Mapping[str, int]) -> StackTrace:
+        """Walk from a CPU's registers to the outermost frame."""
+        return self._walk(_Frame(registers["rip"], registers["rsp"], registers["rbp"], True, registers))
+
+    def walk_task(self, task_struct: int) -> StackTrace:
+        """Walk the stack of a task that does not run, from its thread.sp: all of it is in guest memory."""
+        memory = self._machine.space
+        try:
+            sp = read_u64(memory, task_struct + self._thread_sp)
+            *_, bp, ip = INACTIVE_FRAME.unpack(memory.read(sp, INACTIVE_FRAME.size))
+        except MemoryFault as fault:
+            return StackTrace((), f"the stack is not readable at {fault.address:#x}")
+        return self._walk(_Frame(ip, sp + INACTIVE_FRAME.size, bp, False, {}))
+
+    def _walk(self, frame: _Frame) -> StackTrace:
+        outermost = self._machine.return_address
         entries = [frame.ip]
         while len(entries) <= MAX_STACK_ENTRIES:
             if frame.ip == outermost:
@@ -160,6 +180,10 @@ class Unwinder:
         if self._entry_rows is None:
             vmlinux = self._machine.vmlinux
             rows = frame_rows(vmlinux.entry_code, vmlinux.entry.start, vmlinux.labels.values())
+            for address, name in vmlinux.exits.items():
+                if name != "klpemu_return":
+                    interrupt = name == INTERRUPT_STUB
+                    rows[address + STUB_CALLS] = INTERRUPTED if interrupt else CALLED_BY_EXPORT
             addresses = sorted(rows)
             # A return address minus one lies inside the call, which is why this is a table of ranges.
             self._entry_rows = CallFrames(addresses, [rows[address] for address in addresses])

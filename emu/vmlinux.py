@@ -36,7 +36,8 @@ EntryCode = Callable[[Code, Layouts, dict[str, int], dict[int, str]], None]
 class Vmlinux:
     """The placed kernel: its sections, and the entry code's bytes and labels.
 
-    `exits` maps the address behind the `hlt` of each exit stub to the stub's name.
+    `exits` maps the address behind the first `hlt` of each exit stub to the stub's name, and behind the
+    second one to "klpemu_return".
     """
 
     placement: Placement
@@ -126,9 +127,11 @@ def _append_all(
     code.align(16)
     exits: dict[int, str] = {}
     for name in ("klpemu_return", *exports):
+        # hlt: to the export.  ret: it is done.  nop, hlt: what it called returns here (emu/switch_to.py).
         code.label(name).raw(bytes([HLT]))
         exits[start + len(code.bytes)] = name
-        code.raw("c3 cc cc")  # ret; whoever exported is back in the guest behind the hlt
+        code.raw("c3 90 f4")
+        exits[start + len(code.bytes)] = "klpemu_return"
     return exits
 
 

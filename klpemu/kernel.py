@@ -77,6 +77,8 @@ class Kernel:
         self._refused: KlpemuError | None = None
         self._baseline = set(self._allocations())
         machine.traps.exports["klp_enable_patch"] = self._klp_enable_patch
+        transition.connect(self.klp)
+        self.klp.freed = self._freed
 
     @classmethod
     def load(cls, path: str | PathLike[str] | None = None, *, cpus: int = 1) -> "Kernel":
@@ -309,20 +311,20 @@ class Kernel:
         return symbols[0].address
 
     def _settle(self) -> None:
-        """Run the work that is due: a pending transition's next attempt, and the release of freed patches.
+        """Let the kworker do what is due now, such as the release of freed patches."""
+        if not self.machine.workqueue.is_empty:
+            self.machine.run(lambda: self.machine.workqueue.is_empty)
 
-        After an ftrace bug a site may still lead into a patch's code, which therefore stays.
+    def _freed(self, guest: Any) -> None:
+        """A patch is released (in the kworker): its module goes, too.
+
+        It stays if the patch was forced, and after an ftrace bug: then a site may still lead into its code.
         """
-        if self.klp.transition_work_pending:
-            self.machine.service("klp_transition_work", lambda: transition.klp_transition_work_fn(self.klp))
-        while self.klp.pending_free:
-            guest = self.klp.pending_free.pop(0)
-            self.machine.service("free_work", partial(core.klp_free_patch_work_fn, self.klp, guest))
-            gone = next(each for each in self.enabled if each.guest == guest)
-            self.enabled.remove(gone)
-            if self.machine.ftrace.disabled.get():
-                continue
-            self.machine.service("rmmod", partial(self._rmmod, gone))
+        gone = next(each for each in self.enabled if each.guest == guest)
+        self.enabled.remove(gone)
+        if self.machine.ftrace.disabled.get() or guest.forced:
+            return
+        self._rmmod(gone)
 
     def _rmmod(self, gone: EnabledPatch) -> None:
         gone.release()
@@ -330,4 +332,5 @@ class Kernel:
 
     def _allocations(self) -> dict[int, str]:
         slab, area = self.machine.slab.live, self.machine.area.live
-        return {at: tag for at, (_, tag) in [*slab.items(), *area.items()]}
+        found = {at: tag for at, (_, tag) in [*slab.items(), *area.items()]}
+        return {at: tag for at, tag in found.items() if at not in self.machine.by_struct}

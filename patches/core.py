@@ -5,6 +5,7 @@ The functions carry the kernel's names and do its stores in its order.  Each run
 
 import errno
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from elf.errors import KlpemuError, SymbolError
@@ -19,6 +20,7 @@ from patches.livepatch import VMLINUX, static_funcs, static_objects
 
 __all__ = [
     "enabled_store",
+    "force_store",
     "klp_discard_nops",
     "klp_enable_patch",
     "klp_free_patch_async",
@@ -73,6 +75,14 @@ def enabled_store(klp: Klp, patch_: Any, value: bool) -> None:
             _klp_disable_patch(klp, patch_)
 
 
+def force_store(klp: Klp, patch_: Any) -> None:
+    """A write of 1 to /sys/kernel/livepatch/<patch>/force."""
+    with klp_mutex(klp):
+        if patch_ != klp.transition_patch:
+            raise KernelErrno(errno.EINVAL, f"patch '{klp.name_of(patch_)}' is not in transition")
+        transition.klp_force_transition(klp)
+
+
 def klp_unpatch_replaced_patches(klp: Klp, new_patch: Any) -> None:
     """Take the funcs of all patches older than `new_patch` off their func_stacks."""
     for old_patch in klp.patches():
@@ -94,7 +104,7 @@ def klp_discard_nops(klp: Klp, new_patch: Any) -> None:
 def klp_free_patch_async(klp: Klp, patch_: Any) -> None:
     """Take a patch off the list; the rest of its release is work for later."""
     _klp_free_patch_start(klp, patch_)
-    klp.pending_free.append(patch_)
+    klp.machine.workqueue.schedule_work("free_work", partial(klp_free_patch_work_fn, klp, patch_))
 
 
 def klp_free_replaced_patches_async(klp: Klp, new_patch: Any) -> None:
@@ -108,6 +118,7 @@ def klp_free_replaced_patches_async(klp: Klp, new_patch: Any) -> None:
 def klp_free_patch_work_fn(klp: Klp, patch_: Any) -> None:
     """The work: the part of a patch's release that must happen outside of klp_mutex."""
     _klp_free_patch_finish(klp, patch_)
+    klp.freed(patch_)
 
 
 def _klp_enable_patch(klp: Klp, patch_: Any) -> None:

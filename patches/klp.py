@@ -1,6 +1,6 @@
 """The livepatch core's state: views of its globals in guest memory, and what has no place there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ __all__ = ["Klp", "klp_for_each_func", "klp_for_each_object"]
 class Klp:
     """One machine's livepatch core.
 
-    `pending_free` are patches whose release is scheduled (free_work), `transition_work_pending` says that
-    klp_transition_work is.
+    `freed` is called when a patch's release is done, which is when its module may go.  `why_not` has, by
+    task_struct, why the last attempt could not switch a task.
     """
 
     machine: Machine
@@ -26,8 +26,8 @@ class Klp:
     klp_transition_patch: GuestVariable = field(init=False)
     klp_target_state: GuestVariable = field(init=False)
     klp_signals_cnt: GuestVariable = field(init=False)
-    pending_free: list[Any] = field(default_factory=list)
-    transition_work_pending: bool = False
+    freed: Callable[[Any], None] = field(default=lambda patch: None)
+    why_not: dict[int, str] = field(default_factory=dict)
     # old_func to the address of its klp_ops: a guess, checked in guest memory before it is used.
     ops_hints: dict[int, int] = field(default_factory=dict)
     _warned: set[tuple[str, str]] = field(default_factory=set)
@@ -66,7 +66,8 @@ class Klp:
 
     def idle_tasks(self) -> Iterator[Any]:
         """The idle task of each possible CPU."""
-        yield self.machine.view("task_struct", self.machine.symbol("init_task"))
+        for rq in self.machine.sched.runqueues:
+            yield self.machine.view("task_struct", rq.idle.struct)
 
     def name_of(self, patch: Any) -> str:
         """A patch is called as its module."""

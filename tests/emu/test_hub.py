@@ -164,7 +164,7 @@ def test_an_error_goes_through_every_level_and_each_service_cleans_up(machine: M
 
 def test_a_service_that_is_abandoned_releases_its_mutex() -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
     machine.hub.schedule = Steps([(0, None)] * 3)
 
     def holder() -> None:
@@ -188,7 +188,7 @@ def test_a_service_that_is_abandoned_releases_its_mutex() -> None:
 
 def test_an_error_of_another_task_leaves_that_one_clean_too() -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
 
     def fails() -> None:
         raise ValueError("a bug of ours")
@@ -203,13 +203,13 @@ def test_an_error_of_another_task_leaves_that_one_clean_too() -> None:
 
 def test_a_task_whose_stack_is_not_there_is_left_clean_too() -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
-    top, second.stack_top = second.stack_top, 0x1000
+    first, second = machine.tasks[:2]
+    base, second.stack_base = second.stack_base, 0x1000
     machine.hub.schedule = Steps([(1, None)])
     machine.hub.call(second, machine.symbol("area_of"), (1, 2))
     with pytest.raises(MemoryFault):
         machine.hub.finish(first, machine.hub.serve(first, "innocent", lambda: 1))
-    second.stack_top = top
+    second.stack_base = base
     machine.hub.schedule = RunToCompletion()
     assert_clean(machine)
 
@@ -243,7 +243,7 @@ def test_a_task_that_takes_a_mutex_twice_is_a_deadlock(machine: Machine) -> None
 @pytest.mark.parametrize("pattern", range(64))
 def test_two_tasks_are_never_both_inside_a_mutex(pattern: int) -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
     machine.hub.schedule = Steps([(pattern >> bit & 1, None) for bit in range(6)] * 4)
     inside: list[str] = []
     most = []
@@ -264,7 +264,7 @@ def test_two_tasks_are_never_both_inside_a_mutex(pattern: int) -> None:
 
 def test_two_tasks_that_both_wait_for_a_grace_period_do_not_wait_for_each_other() -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
     machine.hub.schedule = Steps([(0, None), (1, None)] * 10)
     other = machine.hub.serve(second, "second", lambda: machine.synchronize("synchronize_rcu_tasks_rude"))
     machine.hub.finish(
@@ -275,7 +275,7 @@ def test_two_tasks_that_both_wait_for_a_grace_period_do_not_wait_for_each_other(
 
 def test_a_grace_period_waits_for_the_guest_call_of_another_vcpu() -> None:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
     flag = machine.slab.kzalloc(8, "flag")
     call = machine.hub.call(second, machine.symbol("spin_until"), (flag,))
     service = machine.hub.serve(first, "grace", lambda: machine.synchronize("synchronize_rcu_tasks"))
@@ -294,7 +294,7 @@ def test_a_grace_period_waits_for_the_guest_call_of_another_vcpu() -> None:
 
 def events_of(steps: Sequence[tuple[int, int | None]]) -> list[Any]:
     machine = boot(cpus=2)
-    first, second = machine.tasks
+    first, second = machine.tasks[:2]
     ops = new_ops(machine, ["area_of"], func="redirect", private=machine.symbol("tail_inner"))
     registered(machine, ["measure"])
     machine.hub.schedule = Steps(steps)

@@ -176,7 +176,7 @@ def merged(guest_at: tuple[int, ...]) -> list[tuple[int, int | None]]:
 
 def raced(machine: Machine, code: bytes, steps: list[tuple[int, int | None]]) -> int:
     """What area_of(3, 4) gives on the second vCPU while the first one pokes its site."""
-    site, (poking, calling) = machine.symbol("area_of"), machine.tasks
+    site, (poking, calling) = machine.symbol("area_of"), machine.tasks[:2]
     machine.hub.schedule = Steps(steps)
     call = machine.hub.call(calling, site, (3, 4))
     service = machine.hub.serve(poking, "poke", lambda: machine.poker.text_poke_bp(site, code))
@@ -226,7 +226,7 @@ def test_a_call_during_a_registration_is_redirected_or_not_but_never_faults(
 ) -> None:
     """The whole of register_ftrace_function() and of unregister, cut anywhere, instruction by instruction."""
     machine = boot(cpus=2)
-    doing, calling = machine.tasks
+    doing, calling = machine.tasks[:2]
     other = registered(machine, ["area_of"])  # so that the common trampolines and the list function take part
     ops = new_ops(machine, ["area_of"], func="redirect", private=machine.symbol("tail_inner"))
     for service in (machine.ftrace.register_ftrace_function, machine.ftrace.unregister_ftrace_function):
@@ -245,7 +245,7 @@ def test_every_door_of_a_registration_lets_a_whole_call_through() -> None:
     results = []
     for doors in range(0, 600, 3):
         machine = boot(cpus=2)
-        doing, calling = machine.tasks
+        doing, calling = machine.tasks[:2]
         ops = new_ops(machine, ["area_of"], func="redirect", private=machine.symbol("tail_inner"))
         call = machine.hub.call(calling, machine.symbol("area_of"), (3, 4))
         machine.hub.schedule = Steps([(0, None)] * doors + [(1, None)] * 3)
@@ -268,7 +268,7 @@ def test_the_int3_step_changes_rip_only_and_a_call_pushes_its_return_address(
     opcode: int, pushes: bool
 ) -> None:
     machine = boot(cpus=2)
-    poking, calling = machine.tasks
+    poking, calling = machine.tasks[:2]
     site, target = machine.symbol("area_of"), machine.symbol("tail_inner")
     values = {name: 0x0101_0101_0101_0101 * (number + 1) for number, name in enumerate(REGISTERS[:6])}
     values |= {f"r{number}": 0x1F1F_0000_0000_0000 + number for number in range(8, 16)}

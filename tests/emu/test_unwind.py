@@ -35,7 +35,7 @@ def test_every_frame_is_found_at_every_instruction(
     unwinder = Unwinder(machine)
     points = 0
     for registers, expected in execute_with_shadow(machine, machine.symbol(function), *arguments):
-        trace = unwinder.walk(registers, machine.return_address)
+        trace = unwinder.walk(registers)
         assert trace.unreliable == ""
         assert list(trace.entries) == expected, machine.kallsyms.describe(registers["rip"])
         points += 1
@@ -55,7 +55,7 @@ def test_a_hooked_return_address_is_recovered_in_one_place(machine: Machine) -> 
     unwinder.recover_return_address = recover
     registers, _ = next(execute_with_shadow(machine, machine.symbol("area_of"), 3, 4))
     machine.space.write(registers["rsp"], hooked.to_bytes(8, "little"))
-    trace = unwinder.walk(registers, machine.return_address)
+    trace = unwinder.walk(registers)
     assert trace.entries == (registers["rip"],)
     assert trace.unreliable == ""
     assert seen == [registers["rsp"]]
@@ -65,7 +65,7 @@ def test_unknown_code_makes_a_stack_unreliable(machine: Machine) -> None:
     unwinder = Unwinder(machine)
     registers, _ = next(execute_with_shadow(machine, machine.symbol("area_of"), 3, 4))
     registers["rip"] = 0xFFFF_FFFF_DEAD_B000
-    trace = unwinder.walk(registers, machine.return_address)
+    trace = unwinder.walk(registers)
     assert trace.unreliable == "no unwind information for 0xffffffffdeadb000"
 
 
@@ -73,7 +73,7 @@ def test_a_stack_pointer_into_nowhere_is_unreliable(machine: Machine) -> None:
     unwinder = Unwinder(machine)
     registers, _ = next(execute_with_shadow(machine, machine.symbol("area_of"), 3, 4))
     registers["rsp"] = 0xFFFF_C900_7000_0000
-    assert "not readable" in unwinder.walk(registers, machine.return_address).unreliable
+    assert "not readable" in unwinder.walk(registers).unreliable
 
 
 def test_the_tables_of_an_unloaded_module_are_forgotten(machine: Machine) -> None:

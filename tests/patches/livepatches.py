@@ -90,5 +90,5 @@ class Raw:
         return int(self.view("klp_ops", ops).fops.trampoline)
 
     def current(self, kernel: Kernel) -> int:
-        """Address of the task_struct that the guest takes for current."""
-        return self.u64(kernel.machine.cpus[0].gs_base + self.symbol("current_task"))
+        """Address of the task_struct of the task that does what the host asks for."""
+        return kernel.machine.init_task.struct

@@ -20,7 +20,7 @@ def test_every_frame_of_a_redirected_call_is_found(kernel: Kernel, function: str
     new_func = next(address for name, address in kernel.enabled[0].new_func.items() if function in name)
     unreliable = reliable = 0
     for registers, expected in execute_with_shadow(machine, entry, 3, 4):
-        trace = machine.unwinder.walk(registers, machine.return_address)
+        trace = machine.unwinder.walk(registers)
         if trace.unreliable:
             assert new_func in expected[1:], machine.kallsyms.describe(registers["rip"])
             unreliable += 1

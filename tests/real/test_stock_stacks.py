@@ -39,7 +39,7 @@ def test_every_frame_in_a_stock_module_is_found(
     }[function]
     points, unreliable, deepest = 0, 0, 0
     for registers, expected in execute_with_shadow(machine, kernel.address_of(function), *arguments):
-        trace = machine.unwinder.walk(registers, machine.return_address)
+        trace = machine.unwinder.walk(registers)
         points += 1
         deepest = max(deepest, len(expected))
         if trace.unreliable:
