@@ -55,6 +55,10 @@ class Arena:
         """Give back one frame to the pool it came from."""
         (self._free_images if frame >= self._image_start else self._free).append(frame)
 
+    def in_use(self) -> tuple[range, range]:
+        """Physical addresses that were handed out: the writable pool, and that of text and read-only data."""
+        return range(PAGE_SIZE, self._writable_end), range(self._image_start, self.size)
+
     def checkpoint(self) -> bytes:
         """A copy of everything the guest can write."""
         return self.bytes[: self._writable_end]

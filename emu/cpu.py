@@ -15,7 +15,7 @@ Every odd line here answers a trait of Unicorn 2.1.4 that was measured, not gues
 
 import ctypes
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,10 @@ class VCpu:
             self._values[_INDEX[name]] = value & 0xFFFF_FFFF_FFFF_FFFF
         uclib.uc_reg_write_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
 
+    def register(self, name: str) -> int:
+        """Any one register by name, control and segment registers among them."""
+        return int(self._uc.reg_read(getattr(x86, f"UC_X86_REG_{name.upper()}")))
+
     def reset(self) -> None:
         """Every register as right after long mode was entered: nothing that ran before has a say any more."""
         self._uc.context_restore(self._clean)
@@ -161,6 +165,24 @@ class VCpu:
             return Stop(StopKind.BREAKPOINT, rip, vector)
         self._clear_exception()
         return Stop(StopKind.FAULT, rip, vector, address if vector == INTERRUPT_PAGE_FAULT else 0)
+
+    def observe(self, on_block: Callable[[int], None]) -> None:
+        """Call `on_block` with the address of every basic block that is about to run; for good.
+
+        Two to three microseconds a block.  Unicorn starts a block behind each jump, call and return, and
+        wherever a run begins.
+        """
+
+        def hook(_uc: Any, address: int, _size: int, _data: Any) -> None:
+            on_block(address)
+
+        self._uc.hook_add(unicorn.UC_HOOK_BLOCK, hook)
+        self._uc.ctl_flush_tb()  # blocks that were translated before have no call of the hook in them
+
+    def stack_pointer(self) -> int:
+        """RSP, also in the middle of a run."""
+        uclib.uc_reg_read(self._uc._uch, x86.UC_X86_REG_RSP, self._pointers[_INDEX["rsp"]])
+        return self._values[_INDEX["rsp"]]
 
     def drop_translations(self, start: int, end: int) -> None:
         """Forget translated code of virtual [start, end): Unicorn does not notice our writes itself."""

@@ -93,6 +93,7 @@ def do_exit(machine: "Machine", task: Task) -> None:
     with write_locked(machine, "tasklist_lock"):
         list_del_rcu(struct.tasks)
     machine.tasks.remove(task)
+    task.dead = True
     machine.space.write(struct.member_("__state"), TASK_DEAD.to_bytes(4, "little"))
 
 

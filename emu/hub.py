@@ -101,6 +101,10 @@ class Traps(Protocol):
         """A user task is about to return to user space (called in a service)."""
         ...
 
+    def exited(self, task: Task) -> None:
+        """A task is dead, and its vCPU has gone on to another one."""
+        ...
+
     def entering(self, task: Task, instructions: int) -> None:
         """At most so many instructions are about to run (the flight recorder takes its checkpoint here)."""
         ...
@@ -205,7 +209,10 @@ class Hub:
                 self._advance_service(task, service)
             case Program() as program:
                 self._advance_program(task, program)
-        if not task.activities:
+        if task.dead and not task.activities:
+            self.sched.exit(task)
+            self._traps.exited(task)
+        elif not task.activities:
             self.sched.rest(task)
 
     def abandon(self, task: Task) -> None:
@@ -265,7 +272,9 @@ class Hub:
         return activity
 
     def _advance_program(self, task: Task, program: Program) -> None:
-        if program.in_kernel and not task.kthread:
+        if task.dead:
+            self._done(task, program, program.result, None)
+        elif program.in_kernel and not task.kthread:
             program.in_kernel = False
             self.serve(task, "exit_to_user_mode", lambda: self._traps.exit_to_user_mode(task))
         elif program.next_call(task):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emu.cpu import REGISTERS, Stop, StopKind
+from emu.memory import read_u64
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -38,11 +39,21 @@ class Stream:
     stop: Stop
 
 
-def execute_stream(machine: "Machine", entry: int, stop_at: int, limit: int = STREAM_LIMIT) -> Stream:
-    """Execute from `entry` as if it had just been called, until RIP is `stop_at`."""
+def execute_stream(
+    machine: "Machine", entry: int, stop_at: int, patch_state: int | None = None, limit: int = STREAM_LIMIT
+) -> Stream:
+    """Execute from `entry` as if it had just been called, until RIP is `stop_at`.
+
+    With a `patch_state`, as a task that has this one.
+    """
     cpu = machine.tracer
     cpu.reset()
     cpu.set_gs_base(machine.cpus[0].gs_base)
+    if patch_state is not None:
+        current = read_u64(machine.space, cpu.gs_base + machine.vmlinux.symbols["current_task"])
+        at = current + machine.layouts.offsetof("task_struct", "patch_state")
+        kept = machine.space.read(at, 4)
+        machine.space.write(at, patch_state.to_bytes(4, "little", signed=True))
     before = {name: 0x0101_0101_0101_0101 * (index + 1) for index, name in enumerate(REGISTERS)}
     rsp = machine.stream_stack - 8 * STACK_WORDS - 8
     before |= {"rip": entry, "rsp": rsp, "eflags": 2 | EFLAGS_ARITHMETIC}
@@ -57,6 +68,8 @@ def execute_stream(machine: "Machine", entry: int, stop_at: int, limit: int = ST
     cpu.stop_at = stop_at
     stop = cpu.run(limit)
     cpu.stop_at = None
+    if patch_state is not None:
+        machine.space.write(at, kept)
     after = cpu.registers()
     reached = stop.kind is StopKind.BUDGET and after["rip"] == stop_at
     addresses = tuple(cpu.executed)

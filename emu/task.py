@@ -92,7 +92,8 @@ class Task:
     `struct` is the address of its task_struct, `stack_top` the first address above its stack, `stack_base`
     where the frames of its kernel code begin: below the pt_regs of its entry from user space.  `running`: its
     vCPU executes it; `queued`: it would run if it was picked; neither: it is blocked.  `preempted`: it was
-    taken off its vCPU at an arbitrary instruction.
+    taken off its vCPU at an arbitrary instruction.  `dead`: it has exited.  `program` is what it does by
+    itself (emu/program.py).
     """
 
     name: str
@@ -107,6 +108,8 @@ class Task:
     preempted: bool = False
     context: Context | None = None
     stack_base: int = 0
+    dead: bool = False
+    program: Any = None
 
     @property
     def top(self) -> Activity | None:

@@ -8,6 +8,7 @@ from emu.assembly import disassemble
 from emu.cpu import REGISTERS, Stop, StopKind
 from emu.entry import exit_to_user_mode_loop
 from emu.events import EventKind
+from emu.fork import release_task
 from emu.memory import PAGE_SIZE, MemoryFault
 from emu.task import GuestCall, Service, Task
 
@@ -148,6 +149,9 @@ class GuestTraps:
 
     def exit_to_user_mode(self, task: Task) -> None:
         exit_to_user_mode_loop(self._machine, task)
+
+    def exited(self, task: Task) -> None:
+        release_task(self._machine, task)
 
     def entering(self, task: Task, instructions: int) -> None:
         self._machine.recorder.checkpoint(task.cpu, instructions)

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from elf.errors import KlpemuError
-from klpemu.kernel import Kernel
+
+if TYPE_CHECKING:
+    from klpemu.kernel import Kernel
 
 __all__ = ["CallExpression", "parse_argument", "parse_call"]
 
@@ -24,7 +26,7 @@ class CallExpression:
     def __str__(self) -> str:
         return f"{self.function}({', '.join(str(each) for each in self.arguments)})"
 
-    def values(self, kernel: Kernel) -> list[int]:
+    def values(self, kernel: "Kernel") -> list[int]:
         """The arguments as numbers; `SymbolError` for a name that `kernel` does not have."""
         return [each if isinstance(each, int) else kernel.address_of(each) for each in self.arguments]
 

@@ -16,10 +16,14 @@ from emu.ftrace_rec import FtraceBug
 from emu.machine import Machine
 from emu.module import LoadedObject, module_name
 from emu.stream import execute_stream, trace_call, undone
+from emu.symbol_file import save_symbols
 from emu.view import list_for_each_entry
+from emu.vmcore import save_core
 from klpemu.fixtures import BUILTIN_KERNEL, fixture, locate
+from klpemu.tasks import Tasks
 from patches import core, transition
 from patches.handler import append_klp_ftrace_handler
+from patches.invariants.consistency import Consistency
 from patches.invariants.finding import Report
 from patches.invariants.subject import Subject
 from patches.invariants.verify import verify
@@ -70,9 +74,13 @@ class Kernel:
     Wherever a file is named, `builtin:NAME` names one that comes with klpemu.
     """
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, *, observe: bool = False) -> None:
         self.machine = machine
         self.klp = Klp(machine)
+        self.consistency = Consistency(machine) if observe else None
+        self.tasks = Tasks(self)
+        self._established: set[str] = set()
+        self._watch(machine.modules.objects[""])
         self.enabled: list[EnabledPatch] = []
         self._refused: KlpemuError | None = None
         self._baseline = set(self._allocations())
@@ -81,12 +89,18 @@ class Kernel:
         self.klp.freed = self._freed
 
     @classmethod
-    def load(cls, path: str | PathLike[str] | None = None, *, cpus: int = 1) -> "Kernel":
-        """Boot a kernel image: a relocatable object with its DWARF; by default the built-in one."""
+    def load(
+        cls, path: str | PathLike[str] | None = None, *, cpus: int = 1, observe: bool = False
+    ) -> "Kernel":
+        """Boot a kernel image: a relocatable object with its DWARF; by default the built-in one.
+
+        With `observe` every call of a function that can be patched is watched, and `verify` says whether a
+        task ever mixed versions; that makes execution several times slower.
+        """
         image = Image.open(locate(fspath(path)) if path is not None else fixture(BUILTIN_KERNEL))
-        return cls(
-            Machine(image, entry_code=(append_klp_ftrace_handler,), stubs=("klp_enable_patch",), cpus=cpus)
-        )
+        entry, stubs = (append_klp_ftrace_handler,), ("klp_enable_patch",)
+        machine = Machine(image, entry_code=entry, stubs=stubs, cpus=cpus)
+        return cls(machine, observe=observe)
 
     @property
     def log(self) -> list[str]:
@@ -106,6 +120,7 @@ class Kernel:
         before = self._allocations().keys()
         loaded: LoadedObject = self._serve("load_module", lambda: self.machine.modules.load_module(image))
         self._baseline |= self._allocations().keys() - before
+        self._watch(loaded)
         return loaded.name
 
     def unload_module(self, name: str) -> None:
@@ -158,11 +173,38 @@ class Kernel:
 
     def disable(self, patch: Patch | str) -> None:
         """Disable a patch (write 0 to its sysfs `enabled`) and unload its code."""
-        name = patch if isinstance(patch, str) else patch.name
-        found = next((each for each in self.enabled if each.patch.name == name), None)
-        if found is None:
-            raise KernelErrno(errno.ENOENT, f"patch '{name}' is not enabled", advice="enable it first")
+        found = self._found(patch)
+        name = found.patch.name
         self._serve(f"disable {name}", lambda: core.enabled_store(self.klp, found.guest, False))
+
+    def reverse(self, patch: Patch | str) -> None:
+        """Turn the transition of a patch around (write the opposite to its sysfs `enabled`)."""
+        guest = self._found(patch).guest
+        if guest != self.klp.transition_patch:
+            raise KernelErrno(
+                errno.EINVAL, f"patch '{self.klp.name_of(guest)}' is not in transition", advice="disable it"
+            )
+        enabled = not guest.enabled
+        self._serve("reverse", lambda: core.enabled_store(self.klp, guest, enabled))
+
+    def force(self, patch: Patch | str) -> None:
+        """End the transition of a patch whatever the tasks are doing (write 1 to its sysfs `force`)."""
+        guest = self._found(patch).guest
+        self._serve("force", lambda: core.force_store(self.klp, guest))
+
+    @property
+    def in_transition(self) -> str:
+        """The name of the patch in transition, or ""."""
+        address = self.klp.klp_transition_patch.get()
+        return next((each.patch.name for each in self.enabled if each.guest.address_ == address), "")
+
+    def save_core(self, path: str | PathLike[str]) -> None:
+        """Save the machine as an ELF core with its page tables, for drgn or gdb."""
+        save_core(self.machine, path)
+
+    def save_symbols(self, path: str | PathLike[str], module: str = "") -> None:
+        """Save the kernel, or a module, with its symbols and types, as they lie now: `gdb vmlinux vmcore`."""
+        save_symbols(self.machine, path, module)
 
     # Looking.
 
@@ -187,12 +229,20 @@ class Kernel:
     def verify(self, step: str = "") -> Report:
         """Check every invariant on the kernel as it is now."""
         with undone(self.machine):
-            return verify(self.subject(), step)
+            report = verify(self.subject(), step)
+        if self.consistency is None:
+            return report
+        return Report.merged([report, self.consistency.report(step)], step)
 
     def subject(self) -> Subject:
         """What the invariants judge: the live memory, the loaded files, and the patches that are enabled."""
         machine = self.machine
         objects = machine.modules.objects.values()
+        moving = self._note_established()
+        replaces = any(
+            each.patch.replace and each.patch.name == moving and moving not in self._established
+            for each in self.enabled
+        )
         return Subject(
             memory=machine.space,
             layouts=machine.layouts,
@@ -201,10 +251,13 @@ class Kernel:
             texts=[text for each in objects for text in each.texts],
             sites=frozenset(ip for each in objects for ip in each.sites),
             functions=expected_functions(
-                machine.kallsyms, [(each.patch, each.new_func) for each in self.enabled]
+                machine.kallsyms,
+                [(each.patch, each.new_func) for each in self.enabled],
+                moving,
+                replaces=replaces,
             ),
             patches=[each.patch.name for each in self.enabled],
-            execute=lambda entry, stop_at: execute_stream(machine, entry, stop_at),
+            execute=partial(execute_stream, machine),
             slab=machine.slab,
             remaining=[(at, tag) for at, tag in self._allocations().items() if at not in self._baseline],
         )
@@ -254,6 +307,29 @@ class Kernel:
             return self.machine.service(name, body)
         finally:
             self._settle()
+            self._note_established()
+
+    def _note_established(self) -> str:
+        """Remember which patches have been through their first transition; returns the one in transition."""
+        moving = self.in_transition
+        self._established = {each.patch.name for each in self.enabled if each.patch.name != moving} | (
+            self._established & {moving}
+        )
+        return moving
+
+    def _found(self, patch: Patch | str) -> EnabledPatch:
+        name = patch if isinstance(patch, str) else patch.name
+        found = next((each for each in self.enabled if each.patch.name == name), None)
+        if found is None:
+            raise KernelErrno(errno.ENOENT, f"patch '{name}' is not enabled", advice="enable it first")
+        return found
+
+    def _watch(self, loaded: LoadedObject, *functions: int) -> None:
+        """Have calls of an object's functions observed: those with a site, and replacements."""
+        if self.consistency is not None:
+            kallsyms = self.machine.kallsyms
+            found = (kallsyms.at(site) for site in loaded.sites)
+            self.consistency.watch({*functions, *(each.address for each in found if each is not None)})
 
     def _insmod(self, patch: Patch, image: Image) -> None:
         loaded = self.machine.modules.load_module(image, patch.name)
@@ -267,6 +343,7 @@ class Kernel:
             guest = materialise(self.machine, patch, loaded.struct, new_func)
             release = partial(discard, self.machine, guest)
             undo.callback(release)
+            self._watch(loaded, *new_func.values())
             try:
                 core.klp_enable_patch(self.klp, guest)
             except FtraceBug:
@@ -286,6 +363,7 @@ class Kernel:
             if loaded is None:
                 raise KernelErrno(errno.EINVAL, f"the patch's module '{name}' is not loaded")
             patch, new_func = declared(self.klp, guest, loaded.path)
+            self._watch(loaded, *new_func.values())
             core.klp_enable_patch(self.klp, guest)
         except KernelErrno as error:
             self._refused = error
@@ -327,6 +405,11 @@ class Kernel:
         self._rmmod(gone)
 
     def _rmmod(self, gone: EnabledPatch) -> None:
+        if self.consistency is not None:
+            for text in gone.module.texts:
+                end = text.address + len(text.contents)
+                self.consistency.about_to_free(text.address, end, gone.patch.name)
+            self.consistency.forget_patch(gone.guest.address_)
         gone.release()
         self.machine.modules.unload_module(gone.patch.name)
 

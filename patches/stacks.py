@@ -13,15 +13,32 @@ __all__ = ["expected_funcs", "expected_functions"]
 
 
 def expected_functions(
-    kallsyms: Kallsyms, enabled: Sequence[tuple[Patch, Mapping[str, int]]]
+    kallsyms: Kallsyms,
+    enabled: Sequence[tuple[Patch, Mapping[str, int]]],
+    moving: str = "",
+    *,
+    replaces: bool = False,
 ) -> list[ExpectedFunc]:
-    """The patched functions; `enabled` are the patches, oldest first, with their replacements' addresses."""
+    """The patched functions; `enabled` are the patches, oldest first, with their replacements' addresses.
+
+    `moving` is the patch in transition.  If it `replaces` the older ones and has not done so yet, it has a
+    nop func for each function that they patch and it does not.
+    """
     stacks: dict[int, list[int | None]] = {}
+    on_top: set[int] = set()
     for patch, new_func in enabled:
         for address, target in expected_funcs(kallsyms, patch, new_func):
             stacks.setdefault(address, []).insert(0, target)
+            on_top.discard(address)
+            if patch.name == moving:
+                on_top.add(address)
+    if replaces:
+        for address in stacks.keys() - on_top:
+            stacks[address].insert(0, None)
+        on_top = set(stacks)
     return [
-        ExpectedFunc(address, kallsyms.describe(address), tuple(stack)) for address, stack in stacks.items()
+        ExpectedFunc(address, kallsyms.describe(address), tuple(stack), address in on_top)
+        for address, stack in stacks.items()
     ]
 
 

@@ -10,7 +10,8 @@ from patches.invariants.walk import entries
 
 __all__ = ["heap_is_intact", "nothing_remains", "tasks_are_settled"]
 
-KLP_UNDEFINED = -1
+KLP_UNDEFINED, KLP_UNPATCHED, KLP_PATCHED = -1, 0, 1
+TIF_PATCH_PENDING = 1 << 13
 
 
 def nothing_remains(subject: Subject) -> Iterator[Finding | None]:
@@ -45,30 +46,47 @@ def _filler(damage: Corruption) -> int:
 
 
 def tasks_are_settled(subject: Subject) -> Iterator[Finding | None]:
-    """Without a transition every task's patch_state is KLP_UNDEFINED, and so is the target state."""
-    if subject.pointer("klp_transition_patch"):
-        return
-    invariant = "tasks_are_settled"
+    """Without a transition every patch_state and the target state are KLP_UNDEFINED; in one every task has a
+    state, and TIF_PATCH_PENDING if that is not the target.
+    """
+    transition_patch = subject.pointer("klp_transition_patch")
+    listed = entries(subject, subject.symbols["klp_patches"], "klp_patch", "list")
+    if transition_patch and transition_patch not in listed:
+        return  # patches_are_listed says so
+    moving = bool(transition_patch)
     at = subject.symbols["klp_target_state"]
     target = int.from_bytes(subject.memory.read(at, 4), "little", signed=True)
-    if target != KLP_UNDEFINED:
-        what = f"klp_target_state is {target}, no transition is on"
-        yield value_finding(invariant, what, at, subject.place(at), KLP_UNDEFINED, target, 4)
+    if moving == (target == KLP_UNDEFINED):
+        what = f"klp_target_state is {target}, {'a' if moving else 'no'} transition is on"
+        expected = KLP_PATCHED if moving else KLP_UNDEFINED
+        yield value_finding("tasks_are_settled", what, at, subject.place(at), expected, target, 4)
     else:
         yield None
     init_task = subject.symbols["init_task"]
     head = init_task + subject.layouts.offsetof("task_struct", "tasks")
     for address in (init_task, *entries(subject, head, "task_struct", "tasks")):
-        task = subject.view("task_struct", address)
-        try:
-            state, comm, pid = task.patch_state, task.comm, task.pid
-        except MemoryFault:
-            yield Finding(invariant, "the task list leads to no task", address, subject.place(address))
-            continue
-        if state == KLP_UNDEFINED:
-            yield None
-            continue
-        name = comm.split(b"\0")[0].decode("ascii", "backslashreplace")
+        yield _task(subject, address, target if moving else None)
+
+
+def _task(subject: Subject, address: int, target: int | None) -> Finding | None:
+    """Judge one task; `target` is the target state of the transition, None without one."""
+    task = subject.view("task_struct", address)
+    try:
+        state, comm, pid, flags = task.patch_state, task.comm, task.pid, task.thread_info.flags
+    except MemoryFault:
+        return Finding("tasks_are_settled", "the task list leads to no task", address, subject.place(address))
+    name = comm.split(b"\0")[0].decode("ascii", "backslashreplace")
+    at = task.member_("patch_state")
+    if target is None and state != KLP_UNDEFINED:
         what = f"patch_state of {name}:{pid} is {state}, no transition is on"
-        at = task.member_("patch_state")
-        yield value_finding(invariant, what, at, subject.place(at), KLP_UNDEFINED, state, 4)
+        return value_finding("tasks_are_settled", what, at, subject.place(at), KLP_UNDEFINED, state, 4)
+    if target is not None and state not in (KLP_UNPATCHED, KLP_PATCHED):
+        what = f"patch_state of {name}:{pid} is {state} while a transition is on"
+        return value_finding("tasks_are_settled", what, at, subject.place(at), target, state, 4)
+    pending, wanted = bool(flags & TIF_PATCH_PENDING), target is not None and state != target
+    if pending != wanted:
+        at = task.member_("thread_info")
+        what = f"TIF_PATCH_PENDING of {name}:{pid} is {int(pending)}, its patch_state is {state}"
+        expected = flags ^ TIF_PATCH_PENDING
+        return value_finding("tasks_are_settled", what, at, subject.place(at), expected, flags)
+    return None

@@ -27,24 +27,23 @@ def calls_reach_the_expected_function(subject: Subject) -> Iterator[Finding | No
     if subject.execute is None:
         return
     for function in subject.functions:
-        target = expected_target(subject, function)
-        if target is None:
-            yield Finding(
-                "calls_reach_the_expected_function", "no fentry site", function.address, function.name
-            )
-            continue
-        problem = _judge(subject, function, target)
-        if problem is None:
-            yield None
-        else:
-            yield Finding("calls_reach_the_expected_function", problem, function.address, function.name)
+        for state in (0, 1) if function.moving else (None,):
+            target = expected_target(subject, function, state)
+            if target is None:
+                problem: str | None = "no fentry site"
+            else:
+                problem = _judge(subject, function, target, state)
+            if problem is None:
+                yield None
+            else:
+                yield Finding("calls_reach_the_expected_function", problem, function.address, function.name)
 
 
-def _judge(subject: Subject, function: ExpectedFunc, target: int) -> str | None:
+def _judge(subject: Subject, function: ExpectedFunc, target: int, state: int | None) -> str | None:
     """What is wrong with a call of one function; None if nothing is."""
     assert subject.execute is not None
     try:
-        stream = subject.execute(function.address, target)
+        stream = subject.execute(function.address, target, state)
         return (
             _did_not_arrive(subject, stream, target)
             or _took_another_way(subject, function, stream)
@@ -54,16 +53,20 @@ def _judge(subject: Subject, function: ExpectedFunc, target: int) -> str | None:
         return f"the call cannot be followed: {error}"
 
 
-def expected_target(subject: Subject, function: ExpectedFunc) -> int | None:
+def expected_target(subject: Subject, function: ExpectedFunc, state: int | None = None) -> int | None:
     """First instruction of the function that a call must reach: the top func's, or the original behind its
     site.
+
+    `state` is the caller's patch_state: while the top func is in transition, one that has not switched (0)
+    gets the func below.
     """
     symbol = subject.kallsyms.at(function.address)
     size = symbol.size if symbol is not None else 5
     sites = subject.sites_in(function.address, function.address + max(size, 5))
     if not sites:
         return None
-    top = function.stack[0] if function.stack else None
+    stack = function.stack[1:] if function.moving and state == 0 else function.stack
+    top = stack[0] if stack else None
     return sites[0] + 5 if top is None else top
 
 

@@ -21,12 +21,14 @@ __all__ = ["ExpectedFunc", "Subject"]
 class ExpectedFunc:
     """A patched function: where it is, and where each patch on its func_stack sends a call, newest first.
 
-    An entry of `stack` is the address of a replacement, or None for a nop func.
+    An entry of `stack` is the address of a replacement, or None for a nop func.  `moving`: the newest one is
+    in transition, so that a task which has not switched gets what is below it.
     """
 
     address: int
     name: str
     stack: tuple[int | None, ...]
+    moving: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Subject:
 
     `texts` are the executable sections as their files and relocations give them, `sites` the fentry sites the
     files name; `functions` the patched functions; `patches` the names of the enabled patches, oldest first.
-    `execute` runs a stream on a machine in this state; without it (a dump, say) streams are not checked.
+    `execute` runs a stream on a machine in this state, for a task with the given patch_state (None: as it
+    is); without it (a dump, say) streams are not checked.
     `remaining` are the allocations, address and tag, that exist beyond those of the kernel, its modules and
     its enabled patches.
     """
@@ -48,7 +51,7 @@ class Subject:
     sites: frozenset[int]
     functions: Sequence[ExpectedFunc]
     patches: Sequence[str]
-    execute: Callable[[int, int], Stream] | None = None
+    execute: Callable[..., Stream] | None = None
     slab: Slab | None = None
     remaining: Sequence[tuple[int, str]] = ()
 

@@ -1,0 +1,71 @@
+"""Schedules: who goes on next.
+
+Each is a function of the candidates and of its own past, so a run is determined by images, scenario and
+schedule.
+"""
+
+import random
+from collections.abc import Sequence
+
+from elf.errors import KlpemuError
+from emu.task import Task
+from emu.timer import JIFFY_INSTRUCTIONS
+
+__all__ = ["Explicit", "RoundRobin", "Seeded"]
+
+MAX_STRIDE = 200  # instructions: a redirected call takes about a third of it
+
+
+class RoundRobin:
+    """The vCPUs take turns of one jiffy; tasks on one vCPU in order of arrival; services go through."""
+
+    interleaves = False
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        after = [task for task in tasks if task.cpu.number > self._last]
+        picked = (after or tasks)[0]
+        self._last = picked.cpu.number
+        return picked, JIFFY_INSTRUCTIONS
+
+
+class Seeded:
+    """Anybody may be next, at any door and after any number of instructions; `seed` says who."""
+
+    interleaves = True
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        return self._random.choice(tasks), self._random.randint(1, MAX_STRIDE)
+
+
+class Explicit:
+    """A list of (task name, instructions): each pick takes the next one; behind its end the vCPUs take turns.
+
+    An entry of a service lets it go on to its next door, whatever its number.  Raises KlpemuError where the
+    named task cannot go on.
+    """
+
+    interleaves = True
+
+    def __init__(self, steps: Sequence[tuple[str, int]]) -> None:
+        self._steps = list(steps)
+        self._at = 0
+        self._then = RoundRobin()
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        if self._at == len(self._steps):
+            return self._then.pick(tasks, finishing)
+        name, instructions = self._steps[self._at]
+        self._at += 1
+        for task in tasks:
+            if task.name == name:
+                return task, instructions
+        able = ", ".join(task.name for task in tasks)
+        raise KlpemuError(
+            f"'{name}' cannot go on", where=f"schedule, entry {self._at}", advice=f"these can: {able}"
+        )

@@ -1,0 +1,210 @@
+"""The consistency model, judged by what tasks really executed and not by what their patch_state says.
+
+For every task, between two switch points, all calls of functions of one patch go to one version set.  A
+switch point is where the kernel allows a task to change: the return to user space, the idle loop, and the
+moment at which another task finds none of the functions that change on its stack
+(Documentation/livepatch/livepatch.rst, "Consistency model").
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from emu.events import Event, EventKind
+from emu.machine import Machine
+from emu.memory import MemoryFault, read_u64
+from emu.observer import Observer
+from emu.task import Task
+from emu.view import list_for_each_entry
+from patches.invariants.finding import Finding, Report
+
+__all__ = ["Consistency", "Versions"]
+
+UNPATCHED, PATCHED = 0, 1
+MIXED = "versions_are_never_mixed"
+LEFT = "switched_tasks_have_left_what_changes"
+FREED = "nobody_runs_what_is_freed"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What a patch changes: by function address, UNPATCHED for what it takes over from, PATCHED for its own.
+
+    The original function stands for a nop func.
+    """
+
+    patch: str
+    of: dict[int, int]
+
+
+@dataclass
+class _Stretch:
+    """What one task has executed since its last switch point, and where that was."""
+
+    since: str = "its start"
+    executed: dict[int, None] = field(default_factory=dict)
+
+
+class Consistency:
+    """Follows one machine from now on; `report` gives what was found since the last report."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._versions: dict[int, Versions] = {}  # by address of the klp_patch
+        self._stretches: dict[int, _Stretch] = {}  # by address of the task_struct
+        self._checks: dict[str, int] = {}
+        self._findings: list[Finding] = []
+        self._transition_patch = machine.symbol("klp_transition_patch")
+        self._target_state = machine.symbol("klp_target_state")
+        self.observer = Observer(machine, self._executed)
+        machine.events.listeners.append(self._event)
+
+    def watch(self, functions: Iterable[int]) -> None:
+        """Functions that may be patched, or replacements."""
+        location = self._machine.ftrace.ftrace_location
+        for function in functions:
+            site = location(function)
+            self.observer.watch(function, site or None)
+
+    def forget_patch(self, patch: int) -> None:
+        """A patch is gone: what was its own means nothing any more."""
+        self._versions.pop(patch, None)
+
+    def about_to_free(self, start: int, end: int, what: str) -> None:
+        """Code is about to be freed: nobody may run it, or return into it."""
+        for task in self._machine.tasks:
+            self._checks[FREED] = self._checks.get(FREED, 0) + 1
+            for address in self._reachable(task):
+                if start <= address < end:
+                    text = f"{self._name(task)} still has {self._describe(address)} of '{what}' on its stack"
+                    self._findings.append(Finding(FREED, text, address))
+                    break
+        self.observer.forget(start, end)
+
+    def report(self, step: str) -> Report:
+        """What was checked and found since the last report."""
+        checks, self._checks = self._checks, {}
+        found, self._findings = self._findings, []
+        return Report(
+            step, checks, tuple(Finding(each.invariant, each.what, each.address, step=step) for each in found)
+        )
+
+    # What happens.
+
+    def _executed(self, task: Task, function: int) -> None:
+        stretch = self._stretches.setdefault(task.struct, _Stretch())
+        stretch.executed[function] = None
+        for versions in self._versions.values():
+            version = versions.of.get(function)
+            if version is None:
+                continue
+            self._checks[MIXED] = self._checks.get(MIXED, 0) + 1
+            other = next(
+                (each for each in stretch.executed if versions.of.get(each, version) != version), None
+            )
+            if other is not None:
+                text = (
+                    f"{self._name(task)} called {self._version(versions, other)} and then "
+                    f"{self._version(versions, function)} of '{versions.patch}', with no switch point "
+                    f"between them; the last one was {stretch.since}"
+                )
+                self._findings.append(Finding(MIXED, text, function))
+                # One finding a stretch is enough: what follows is judged by the version that came last.
+                stretch.executed = {function: None}
+
+    def _event(self, event: Event) -> None:
+        if event.kind is EventKind.SWITCH_POINT:
+            self._stretches[event.address] = _Stretch(event.note)
+            if event.note == "stack check":
+                self._switched(event.address)
+        elif event.kind is EventKind.STORE and event.address == self._transition_patch and any(event.after):
+            patch = int.from_bytes(event.after, "little")
+            self._versions[patch] = self._versions_of(patch)
+
+    def _switched(self, struct: int) -> None:
+        patch = read_u64(self._machine.space, self._transition_patch)
+        versions = self._versions.get(patch)
+        task = self._machine.by_struct.get(struct)
+        if versions is None or task is None:
+            return
+        self._checks[LEFT] = self._checks.get(LEFT, 0) + 1
+        target = self._machine.space.read(self._target_state, 1)[0]
+        for activation in self.observer.activations(task):
+            if versions.of.get(activation.function, target) != target:
+                text = (
+                    f"{self._name(task)} was switched while {self._describe(activation.function)} "
+                    f"is on its stack, which '{versions.patch}' changes"
+                )
+                self._findings.append(Finding(LEFT, text, activation.function))
+
+    def _versions_of(self, patch: int) -> Versions:
+        """What guest memory says the patch changes, at the moment its transition begins."""
+        guest = self._view("klp_patch", patch)
+        found: dict[int, int] = {}
+        for obj in list_for_each_entry(guest.obj_list, "klp_object", "node"):
+            for func in list_for_each_entry(obj.func_list, "klp_func", "node"):
+                if not func.old_func:
+                    continue
+                below = self._below(func)
+                old = func.old_func if below is None or below.nop else below.new_func
+                new = func.old_func if func.nop else func.new_func
+                if old != new:
+                    found |= {old: UNPATCHED, new: PATCHED}
+        name: bytes = guest.follow_("mod").name
+        return Versions(name.split(b"\0")[0].decode("ascii", "backslashreplace"), found)
+
+    def _below(self, func: Any) -> Any:
+        """The func that is, or will be, below this one on the func_stack; None for the original."""
+        head = self._view("list_head", self._machine.symbol("klp_ops"))
+        for ops in list_for_each_entry(head, "klp_ops", "node"):
+            stack = list(list_for_each_entry(ops.func_stack, "klp_func", "stack_node"))
+            if stack and stack[0].old_func == func.old_func:
+                if func in stack:
+                    stack = stack[stack.index(func) + 1 :]
+                return stack[0] if stack else None
+        return None
+
+    def _reachable(self, task: Task) -> list[int]:
+        """The addresses at which a task executes, or will when something returns."""
+        machine = self._machine
+        if not task.in_guest:
+            return []
+        if machine.sched.task_curr(task) or (task.context is None and not task.preempted):
+            registers = task.cpu.registers()
+            trace, sp = machine.unwinder.walk(registers), registers["rsp"]
+        else:
+            trace = machine.unwinder.walk_task(task.struct)
+            at = task.struct + machine.layouts.offsetof("task_struct", "thread.sp")
+            sp = read_u64(machine.space, at)
+        found = list(trace.entries)
+        if trace.unreliable or any(self._redirects(each) for each in found):
+            # A trampoline holds where it will return to in its pt_regs: any word of the stack may matter.
+            found += self._words(sp, task.stack_top)
+        return found
+
+    def _redirects(self, address: int) -> bool:
+        symbol = self._machine.kallsyms.at(address)
+        return symbol is not None and (
+            symbol.module == "__builtin__ftrace" or symbol.name == "klp_ftrace_handler"
+        )
+
+    def _words(self, sp: int, top: int) -> list[int]:
+        try:
+            data = self._machine.space.read(sp, top - sp)
+        except MemoryFault:
+            return []
+        return [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data) - 7, 8)]
+
+    # Words.
+
+    def _view(self, struct: str, address: int) -> Any:
+        return self._machine.layouts.view(struct, self._machine.space, address)
+
+    def _describe(self, address: int) -> str:
+        return self._machine.kallsyms.describe(address).split("+")[0]
+
+    def _version(self, versions: Versions, function: int) -> str:
+        return f"{'the new' if versions.of[function] else 'the old'} {self._describe(function)}"
+
+    def _name(self, task: Task) -> str:
+        return f"{task.name}:{self._machine.pid_of(task)}"
