@@ -68,7 +68,7 @@ class TaskProgram:
         self._exited = False
 
     def _next_call(self, task: Task) -> bool:
-        self._take_result()
+        self._take_result(task)
         if self._exited:
             return False
         if self._position == len(self.operations):
@@ -83,13 +83,13 @@ class TaskProgram:
         getattr(self, f"_{operation.verb}")(task, operation)
         return True
 
-    def _take_result(self) -> None:
+    def _take_result(self, task: Task) -> None:
         """What the operation that has just ended came to; a restart code makes it the next one again."""
         done, self._calling = self._calling, None
         if done is None or done.verb not in ("call", "sleep", "pause"):
             return
         result = self._activity.result
-        if result in RESTARTS:
+        if result in RESTARTS and not task.kthread:
             self._position -= 1
         elif done.verb == "call":
             self.results.append((done.text, result))
