@@ -78,3 +78,17 @@ def test_the_python_of_the_readme_runs(
     exec(textwrap.dedent(found[1]), names)
     assert "klp_ftrace_handler" in capsys.readouterr().out
     assert names["kernel"].call("area_of", 3, 4) == 7
+
+
+def test_the_tasks_of_the_readme_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"^when it is safe, .*\n\n((?:    .*\n)+)", text, re.MULTILINE)
+    assert found is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"Func": Func, "Kernel": Kernel, "Patch": Patch}
+    exec(textwrap.dedent(found[1]), names)
+    assert "is sleeping on function nap" in capsys.readouterr().out
+    assert names["kernel"].in_transition == ""
+    assert (tmp_path / "vmcore").stat().st_size > 100_000
