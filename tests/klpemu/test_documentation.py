@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from command_line import ROOT, environment
 
+from klpemu import Func, Kernel, Patch
+
 DOCUMENTS = ("README.md", "docs/cli.md")
 BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^```toml (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
