@@ -15,7 +15,7 @@ from emu.task import GuestCall, Service, Task
 if TYPE_CHECKING:
     from emu.machine import Machine
 
-__all__ = ["BreakpointHandler", "Export", "GuestFault", "GuestTraps"]
+__all__ = ["ARGUMENTS", "BreakpointHandler", "Export", "GuestFault", "GuestTraps"]
 
 # An export answers for a guest function: it reads its arguments from the registers and returns RAX.
 Export = Callable[["Machine", dict[str, int]], int | None]

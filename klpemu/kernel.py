@@ -21,7 +21,7 @@ from emu.view import list_for_each_entry
 from emu.vmcore import save_core
 from klpemu.fixtures import BUILTIN_KERNEL, fixture, locate
 from klpemu.tasks import Tasks
-from patches import core, transition
+from patches import core, exports, transition
 from patches.handler import append_klp_ftrace_handler
 from patches.invariants.consistency import Consistency
 from patches.invariants.finding import Report
@@ -84,7 +84,9 @@ class Kernel:
         self.enabled: list[EnabledPatch] = []
         self._refused: KlpemuError | None = None
         self._baseline = set(self._allocations())
+        self._allocated: dict[str, set[int]] = {}  # what was allocated for the patches that are enabled
         machine.traps.exports["klp_enable_patch"] = self._klp_enable_patch
+        exports.connect(self.klp)
         transition.connect(self.klp)
         self.klp.freed = self._freed
 
@@ -98,7 +100,7 @@ class Kernel:
         task ever mixed versions; that makes execution several times slower.
         """
         image = Image.open(locate(fspath(path)) if path is not None else fixture(BUILTIN_KERNEL))
-        entry, stubs = (append_klp_ftrace_handler,), ("klp_enable_patch",)
+        entry, stubs = (append_klp_ftrace_handler,), ("klp_enable_patch", *exports.KLP_EXPORTS)
         machine = Machine(image, entry_code=entry, stubs=stubs, cpus=cpus)
         return cls(machine, observe=observe)
 
@@ -132,6 +134,11 @@ class Kernel:
                     f"module '{name}' is in use",
                     advice=f"disable '{each.patch.name}' first",
                 )
+        loaded = self.machine.modules.objects.get(name)
+        if loaded is not None and loaded.struct and self.machine.view("module", loaded.struct).refcnt.counter:
+            raise KernelErrno(
+                errno.EWOULDBLOCK, f"module '{name}' is in use", advice="a forced patch stays for ever"
+            )
         self._serve("unload_module", lambda: self.machine.modules.unload_module(name))
         self._baseline &= self._allocations().keys()
 
@@ -155,7 +162,9 @@ class Kernel:
                 where=image.path,
                 advice="give old=new pairs for an object that only has the code",
             )
+        before = self._live()
         name: str = self._serve("insmod", lambda: self.machine.modules.load_module(image).name)
+        self._allocated[name] = self._live() - before
         self._refused = None
         try:
             status = self.machine.call(self.machine.kallsyms.address_of("init_module", name))
@@ -332,6 +341,7 @@ class Kernel:
             self.consistency.watch({*functions, *(each.address for each in found if each is not None)})
 
     def _insmod(self, patch: Patch, image: Image) -> None:
+        before = self._live()
         loaded = self.machine.modules.load_module(image, patch.name)
         with ExitStack() as undo:
             undo.callback(self.machine.modules.unload_module, patch.name)
@@ -343,6 +353,7 @@ class Kernel:
             guest = materialise(self.machine, patch, loaded.struct, new_func)
             release = partial(discard, self.machine, guest)
             undo.callback(release)
+            self._allocated[patch.name] = self._live() - before
             self._watch(loaded, *new_func.values())
             try:
                 core.klp_enable_patch(self.klp, guest)
@@ -400,6 +411,9 @@ class Kernel:
         """
         gone = next(each for each in self.enabled if each.guest == guest)
         self.enabled.remove(gone)
+        allocated = self._allocated.pop(gone.patch.name)
+        if guest.forced:
+            self._baseline |= allocated
         if self.machine.ftrace.disabled.get() or guest.forced:
             return
         self._rmmod(gone)
@@ -412,6 +426,9 @@ class Kernel:
             self.consistency.forget_patch(gone.guest.address_)
         gone.release()
         self.machine.modules.unload_module(gone.patch.name)
+
+    def _live(self) -> set[int]:
+        return self.machine.slab.live.keys() | self.machine.area.live.keys()
 
     def _allocations(self) -> dict[int, str]:
         slab, area = self.machine.slab.live, self.machine.area.live
