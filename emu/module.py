@@ -5,6 +5,7 @@ turned into NOPs by a direct store (nothing can execute them yet), and only then
 executable.
 """
 
+import enum
 import errno
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -45,6 +46,18 @@ class Text:
     name: str
     address: int
     contents: bytes = field(repr=False)
+
+
+THIS_MODULE = ".gnu.linkonce.this_module"
+
+
+class ModuleState(enum.IntEnum):
+    """enum module_state (include/linux/module.h)."""
+
+    LIVE = 0
+    COMING = 1
+    GOING = 2
+    UNFORMED = 3
 
 
 @dataclass(eq=False, slots=True)
@@ -111,6 +124,11 @@ class ModuleLoader:
         self._exported: dict[str, tuple[int, str]] = {}
         # What to do with a symbol that exists nowhere; the bench binds it to a stub that fails when called.
         self.missing: Callable[[Symbol, str], int] = _refuse_missing
+        # Livepatch's part in apply_relocations(); it gets where the module will be, and its name.
+        self.klp_apply_relocations: Callable[[Placement, str], None] = lambda placement, name: None
+        # Livepatch's part when a module comes and goes; they get the address of its struct module.
+        self.klp_module_coming: Callable[[int], None] = lambda module: None
+        self.klp_module_going: Callable[[int], None] = lambda module: None
 
     def load_module(self, image: Image, name: str | None = None) -> LoadedObject:
         """Load a relocatable object as module `name`; nothing of it stays behind if that fails."""
@@ -126,22 +144,29 @@ class ModuleLoader:
         with ExitStack() as undo:
             placement = self._lay_out(image, name, undo)
             placement.relocate(lambda symbol: self._resolve(symbol, name, depends))
+            self.klp_apply_relocations(placement, name)
             texts = texts_of(placement, name)
             addresses = convert_sites(placement, sites, machine.fentry)
             machine.install(placement)
-            struct = self._new_struct(name)
+            struct = self._new_struct(placement, name, livepatch=image.modinfo.get("livepatch") == ["Y"])
             undo.callback(self._free_struct, struct)
             spans = [(group.start, group.start + group.size) for group in placement.groups]
             machine.kallsyms.add(name, placement.ksyms(name), spans)
             undo.callback(machine.kallsyms.remove, name)
             machine.ftrace.ftrace_module_init(addresses)
+            undo.callback(machine.ftrace.ftrace_release_mod, addresses)
+            loaded = LoadedObject(name, image.path, struct, placement, texts, addresses)
+            loaded.depends_on = depends
+            loaded.exports = self._exports_of(placement)
+            self.objects[name] = loaded
+            undo.callback(self.objects.pop, name)
+            # prepare_coming_module(): what is enabled applies before the module's own code runs.
+            self._set_state(loaded, ModuleState.COMING)
+            self.klp_module_coming(struct)
             undo.pop_all()
-        loaded = LoadedObject(name, image.path, struct, placement, texts, addresses)
-        loaded.depends_on = depends
-        loaded.exports = self._exports_of(placement)
         for symbol, address in loaded.exports.items():
             self._exported.setdefault(symbol, (address, name))
-        self.objects[name] = loaded
+        self._set_state(loaded, ModuleState.LIVE)
         return loaded
 
     def unload_module(self, name: str) -> None:
@@ -153,6 +178,8 @@ class ModuleLoader:
         users = sorted(each.name for each in self.objects.values() if name in each.depends_on)
         if users:
             raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use by {', '.join(users)}")
+        self._set_state(loaded, ModuleState.GOING)
+        self.klp_module_going(loaded.struct)
         machine.ftrace.ftrace_release_mod(loaded.sites)
         machine.kallsyms.remove(name)
         machine.unwinder.forget(name)
@@ -205,18 +232,37 @@ class ModuleLoader:
             if symbol.name in marked and symbol.is_defined and (value := placement.value(symbol)) is not None
         }
 
-    def _new_struct(self, name: str) -> int:
+    def _new_struct(self, placement: Placement, name: str, *, livepatch: bool) -> int:
+        """The module's own `__this_module`, on the `modules` list; one of ours if it has none of this kernel.
+
+        A module that was built for a kernel with another struct module than the image describes cannot be
+        read through the image's layout.
+        """
         machine = self._machine
-        address: int = machine.slab.kzalloc(machine.layouts.sizeof("module"), f"struct module {name}")
+        size = machine.layouts.sizeof("module")
+        address = next(
+            (
+                placement.addresses[section.index]
+                for section in placement.image.sections
+                if section.name == THIS_MODULE and section.size == size
+            ),
+            0,
+        )
+        address = address or machine.slab.kzalloc(size, f"struct module {name}")
         module = machine.view("module", address)
         module.name = name.encode()
-        module.klp_alive = True
+        module.state = ModuleState.UNFORMED
+        module.klp = livepatch
         list_add_rcu(module.list, machine.list_head("modules"))
         return address
 
+    def _set_state(self, loaded: LoadedObject, state: ModuleState) -> None:
+        self._machine.view("module", loaded.struct).state = state
+
     def _free_struct(self, address: int) -> None:
         list_del_rcu(self._machine.view("module", address).list)
-        self._machine.slab.kfree(address)
+        if address in self._machine.slab.live:
+            self._machine.slab.kfree(address)
 
 
 def texts_of(placement: Placement, name: str) -> list[Text]:

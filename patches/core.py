@@ -8,17 +8,32 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from elf.errors import KlpemuError, SymbolError
+from elf.errors import KlpemuError
 from emu.errno import KernelErrno
-from emu.list import init_list_head, list_add_tail, list_del, list_empty
-from emu.module import MODULE_NAME_LEN
+from emu.list import list_del, list_empty
+from emu.module import ModuleState
 from emu.mutex import mutex_held
-from patches import patch, transition
+from patches import klp_relocation, patch, transition
+from patches.callbacks import (
+    klp_post_patch_callback,
+    klp_post_unpatch_callback,
+    klp_pre_patch_callback,
+    klp_pre_unpatch_callback,
+)
 from patches.handler import KLP_PATCHED, KLP_UNPATCHED
+from patches.init_patch import (
+    klp_init_object_loaded,
+    klp_init_patch,
+    klp_init_patch_early,
+    klp_is_object_loaded,
+    object_name,
+)
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
-from patches.livepatch import VMLINUX, static_funcs, static_objects
+from patches.livepatch import VMLINUX, static_objects
+from patches.state import klp_is_patch_compatible
 
 __all__ = [
+    "connect",
     "enabled_store",
     "force_store",
     "klp_discard_nops",
@@ -26,14 +41,19 @@ __all__ = [
     "klp_free_patch_async",
     "klp_free_patch_work_fn",
     "klp_free_replaced_patches_async",
+    "klp_module_coming",
+    "klp_module_going",
     "klp_mutex",
     "klp_unpatch_replaced_patches",
 ]
 
-KSYM_NAME_LEN = 512  # include/linux/kallsyms.h
-SYSFS = "/kernel/livepatch"
-KOBJECT_INITIALIZED = 1 << 0
-KOBJECT_IN_SYSFS = 1 << 1
+
+def connect(klp: Klp) -> None:
+    """Let livepatch know of modules that come and go."""
+    klp_relocation.connect(klp)
+    modules, view = klp.machine.modules, klp.machine.view
+    modules.klp_module_coming = lambda module: klp_module_coming(klp, view("module", module))
+    modules.klp_module_going = lambda module: klp_module_going(klp, view("module", module))
 
 
 def klp_mutex(klp: Klp) -> AbstractContextManager[None]:
@@ -45,11 +65,27 @@ def klp_enable_patch(klp: Klp, patch_: Any) -> None:
     """Enable a patch: initialise it, put its funcs in place, start the transition.  On failure no trace is
     left.
     """
+    if not patch_.address_ or not patch_.mod or not patch_.objs:
+        raise KernelErrno(errno.EINVAL, "a klp_patch without module or objects")
+    if not all(obj.funcs for obj in static_objects(klp.machine, patch_)):
+        raise KernelErrno(errno.EINVAL, "a klp_object without funcs", where=klp.name_of(patch_))
+    name = klp.name_of(patch_)
+    if not patch_.follow_("mod").klp:
+        klp.log.pr_err(f"livepatch: module {name} is not marked as a livepatch module")
+        raise KernelErrno(
+            errno.EINVAL,
+            f"module {name} is not marked as a livepatch module",
+            advice='write MODULE_INFO(livepatch, "Y")',
+        )
     with klp_mutex(klp):
+        if not klp_is_patch_compatible(klp, patch_):
+            what = f"Livepatch patch ({name}) is not compatible with the already installed livepatches."
+            klp.log.pr_err(f"livepatch: {what}")
+            raise KernelErrno(errno.EINVAL, what)
         _module_get(klp, patch_)
-        _klp_init_patch_early(klp, patch_)
+        klp_init_patch_early(klp, patch_)
         try:
-            _klp_init_patch(klp, patch_)
+            klp_init_patch(klp, patch_)
             _klp_enable_patch(klp, patch_)
         except KlpemuError:
             _klp_free_patch_start(klp, patch_)
@@ -133,12 +169,17 @@ def _klp_enable_patch(klp: Klp, patch_: Any) -> None:
     # smp_wmb(): the handler must see func->transition before the funcs.
     try:
         for obj in klp_for_each_object(patch_):
-            if not _is_object_loaded(obj):
+            if not klp_is_object_loaded(obj):
                 continue
+            result = klp_pre_patch_callback(klp, obj)
+            if result:
+                what = f"pre-patch callback failed for object '{object_name(klp, obj)}'"
+                klp.log.pr_warn(f"livepatch: {what}")
+                raise KernelErrno(abs(result), what)
             try:
                 patch.klp_patch_object(klp, obj)
             except KernelErrno:
-                klp.log.pr_warn(f"livepatch: failed to patch object '{_object_name(klp, obj)}'")
+                klp.log.pr_warn(f"livepatch: failed to patch object '{object_name(klp, obj)}'")
                 raise
     except KernelErrno:
         klp.log.pr_warn(f"livepatch: failed to enable patch '{name}'")
@@ -153,175 +194,125 @@ def _klp_disable_patch(klp: Klp, patch_: Any) -> None:
     if klp.transition_patch is not None:
         raise KernelErrno(errno.EBUSY, f"patch '{klp.name_of(klp.transition_patch)}' is in transition")
     transition.klp_init_transition(klp, patch_, KLP_UNPATCHED)
+    for obj in klp_for_each_object(patch_):
+        if obj.patched:
+            klp_pre_unpatch_callback(klp, obj)
     # smp_wmb(): func->transition must be seen before TIF_PATCH_PENDING.
     transition.klp_start_transition(klp)
     patch_.enabled = False
     transition.klp_try_complete_transition(klp)
 
 
-# Initialising.
+# Modules come and go.
 
 
-def _klp_init_patch_early(klp: Klp, patch_: Any) -> None:
-    init_list_head(patch_.list)
-    init_list_head(patch_.obj_list)
-    _kobject_init(patch_)
-    patch_.enabled = False
-    patch_.forced = False
-    patch_.finish.done = 0
-    for obj in static_objects(klp.machine, patch_):
-        _klp_init_object_early(patch_, obj)
-        for func in static_funcs(klp.machine, obj):
-            _klp_init_func_early(obj, func)
+def klp_module_coming(klp: Klp, module: Any) -> None:
+    """A module is about to run its init function: apply to it what the enabled patches have for it.
+
+    If one of them fails the earlier ones are undone, and the error refuses the module.
+    """
+    name = klp.module_name(module)
+    if module.state != ModuleState.COMING:
+        klp.warn("klp_module_coming", "mod->state != MODULE_STATE_COMING")
+        raise KernelErrno(errno.EINVAL, f"module '{name}' is not coming")
+    if name == VMLINUX:
+        klp.log.pr_err("livepatch: vmlinux.ko: invalid module name")
+        raise KernelErrno(errno.EINVAL, "vmlinux.ko: invalid module name")
+    with klp_mutex(klp):
+        module.klp_alive = True
+        for patch_ in klp.patches():
+            obj = _object_of(klp, patch_, name)
+            if obj is None:
+                continue
+            obj.mod = module.address_
+            try:
+                _klp_apply_to_coming(klp, patch_, obj, name)
+            except KernelErrno as error:
+                patch_name = klp.name_of(patch_)
+                klp.log.pr_warn(
+                    f"livepatch: patch '{patch_name}' failed for module '{name}', "
+                    f"refusing to load module '{name}'"
+                )
+                module.klp_alive = False
+                obj.mod = 0
+                _klp_cleanup_module_patches_limited(klp, name, patch_)
+                raise KernelErrno(
+                    error.number,
+                    f"patch '{patch_name}' failed for it: {error.what}",
+                    where=f"module '{name}'",
+                ) from error
 
 
-def _klp_init_object_early(patch_: Any, obj: Any) -> None:
-    init_list_head(obj.func_list)
-    _kobject_init(obj)
-    list_add_tail(obj.node, patch_.obj_list)
+def klp_module_going(klp: Klp, module: Any) -> None:
+    """A module goes: what patches have changed in it is reverted, newest changes last as in the kernel."""
+    if module.state not in (ModuleState.GOING, ModuleState.COMING):
+        klp.warn("klp_module_going", "mod->state is neither GOING nor COMING")
+        return
+    with klp_mutex(klp):
+        module.klp_alive = False
+        _klp_cleanup_module_patches_limited(klp, klp.module_name(module), None)
 
 
-def _klp_init_func_early(obj: Any, func: Any) -> None:
-    _kobject_init(func)
-    list_add_tail(func.node, obj.func_list)
+def _klp_apply_to_coming(klp: Klp, patch_: Any, obj: Any, name: str) -> None:
+    patch_name = klp.name_of(patch_)
+    try:
+        klp_init_object_loaded(klp, patch_, obj)
+    except KernelErrno as error:
+        klp.log.pr_warn(
+            f"livepatch: failed to initialize patch '{patch_name}' for module '{name}' (-{error.number})"
+        )
+        raise
+    klp.log.pr_notice(f"livepatch: applying patch '{patch_name}' to loading module '{name}'")
+    result = klp_pre_patch_callback(klp, obj)
+    if result:
+        klp.log.pr_warn(f"livepatch: pre-patch callback failed for object '{name}'")
+        raise KernelErrno(abs(result), f"pre-patch callback failed for object '{name}'")
+    try:
+        patch.klp_patch_object(klp, obj)
+    except KernelErrno as error:
+        klp.log.pr_warn(
+            f"livepatch: failed to apply patch '{patch_name}' to module '{name}' (-{error.number})"
+        )
+        klp_post_unpatch_callback(klp, obj)
+        raise
+    if patch_ != klp.transition_patch:
+        klp_post_patch_callback(klp, obj)
 
 
-def _klp_init_patch(klp: Klp, patch_: Any) -> None:
-    _kobject_add(patch_)
-    if patch_.replace:
-        _klp_add_nops(klp, patch_)
-    names: set[str] = set()
-    for obj in klp_for_each_object(patch_):
-        _klp_init_object(klp, patch_, obj, names)
-    list_add_tail(patch_.list, klp.klp_patches)
+def _klp_cleanup_module_patches_limited(klp: Klp, name: str, limit: Any) -> None:
+    """Revert what the patches before `limit` (None: all of them) have changed in a module."""
+    for patch_ in klp.patches():
+        if limit is not None and patch_ == limit:
+            break
+        obj = _object_of(klp, patch_, name)
+        if obj is None or not obj.mod:
+            continue
+        if patch_ != klp.transition_patch:
+            klp_pre_unpatch_callback(klp, obj)
+        patch_name = klp.name_of(patch_)
+        klp.log.pr_notice(f"livepatch: reverting patch '{patch_name}' on unloading module '{name}'")
+        patch.klp_unpatch_object(klp, obj)
+        klp_post_unpatch_callback(klp, obj)
+        klp_free_object_loaded(klp, patch_, obj)
 
 
-def _klp_init_object(klp: Klp, patch_: Any, obj: Any, siblings: set[str]) -> None:
-    """`siblings` are the names of the patch's objects so far; each has a directory of its own in sysfs."""
-    name = _object_name(klp, obj)
-    if len(name) >= MODULE_NAME_LEN:
-        raise KernelErrno(errno.EINVAL, f"the name of object '{name}' is too long")
-    obj.patched = False
+def klp_free_object_loaded(klp: Klp, patch_: Any, obj: Any) -> None:
+    """The object's module is gone: nothing of it is known any more.
+
+    What its klp relocations wrote stays.
+    """
     obj.mod = 0
-    if obj.name:
-        _klp_find_object_module(klp, obj)
-    directory = f"{SYSFS}/{klp.name_of(patch_)}"
-    _sysfs_name(klp, directory, name, siblings)
-    _kobject_add(obj)
-    names: set[str] = set()
     for func in klp_for_each_func(obj):
-        _klp_init_func(klp, func, f"{directory}/{name}", names)
-    if _is_object_loaded(obj):
-        _klp_init_object_loaded(klp, obj)
-
-
-def _klp_init_func(klp: Klp, func: Any, directory: str, siblings: set[str]) -> None:
-    if not func.old_name or not (func.new_func or func.nop):
-        raise KernelErrno(errno.EINVAL, "a func without a name or without a replacement")
-    name = klp.string(func.old_name)
-    if len(name) >= KSYM_NAME_LEN:
-        raise KernelErrno(errno.EINVAL, f"the name of function '{name[:32]}…' is too long")
-    init_list_head(func.stack_node)
-    func.patched = False
-    func.transition = False
-    _sysfs_name(klp, directory, f"{name},{func.old_sympos or 1}", siblings)
-    _kobject_add(func)
-
-
-def _sysfs_name(klp: Klp, directory: str, name: str, siblings: set[str]) -> None:
-    """Every kobject is a directory, so that two of one name cannot be (fs/sysfs/dir.c, lib/kobject.c)."""
-    if name in siblings:
-        klp.log.pr_warn(f"sysfs: cannot create duplicate filename '{directory}/{name}'")
-        klp.log.pr_err(
-            f"kobject_add_internal failed for {name} with -EEXIST, "
-            "don't try to register things with the same name in the same directory."
-        )
-        raise KernelErrno(
-            errno.EEXIST,
-            f"'{name}' is there twice",
-            where=directory,
-            advice="name each function once; sympos 0 and 1 are the same",
-        )
-    siblings.add(name)
-
-
-def _klp_init_object_loaded(klp: Klp, obj: Any) -> None:
-    """Find the functions to be patched, and the sizes the stack check needs."""
-    objname = klp.string(obj.name) if obj.name else ""
-    kallsyms = klp.machine.kallsyms
-    for func in klp_for_each_func(obj):
-        name = klp.string(func.old_name)
-        try:
-            func.old_func = kallsyms.address_of(name, objname, func.old_sympos)
-        except SymbolError as error:
-            klp.log.pr_err(f"livepatch: {error.what}")
-            raise KernelErrno(errno.EINVAL, error.what, where=error.where, advice=error.advice) from error
-        found = kallsyms.lookup_size_offset(func.old_func)
-        if found is None:
-            klp.log.pr_err(f"livepatch: kallsyms size lookup failed for '{name}'")
-            raise KernelErrno(errno.ENOENT, f"kallsyms size lookup failed for '{name}'")
-        func.old_size = found[0]
+        func.old_func = 0
         if func.nop:
-            func.new_func = func.old_func
-        found = kallsyms.lookup_size_offset(func.new_func)
-        if found is None:
-            klp.log.pr_err(f"livepatch: kallsyms size lookup failed for '{name}' replacement")
-            raise KernelErrno(errno.ENOENT, f"kallsyms size lookup failed for '{name}' replacement")
-        func.new_size = found[0]
+            func.new_func = 0
 
 
-def _klp_find_object_module(klp: Klp, obj: Any) -> None:
-    loaded = klp.machine.modules.objects.get(klp.string(obj.name))
-    if loaded is not None and klp.machine.view("module", loaded.struct).klp_alive:
-        obj.mod = loaded.struct
-
-
-# Nops.
-
-
-def _klp_add_nops(klp: Klp, patch_: Any) -> None:
-    """Give a replacing patch a nop func for everything the older ones patch and it does not."""
-    for old_patch in klp.patches():
-        for old_obj in klp_for_each_object(old_patch):
-            _klp_add_object_nops(klp, patch_, old_obj)
-
-
-def _klp_add_object_nops(klp: Klp, patch_: Any, old_obj: Any) -> None:
-    name = _object_name(klp, old_obj)
-    same = (each for each in klp_for_each_object(patch_) if _object_name(klp, each) == name)
-    obj = next(same, None) or _klp_alloc_object_dynamic(klp, patch_, name)
-    known = {_func_key(klp, func) for func in klp_for_each_func(obj)}
-    for old_func in klp_for_each_func(old_obj):
-        key = _func_key(klp, old_func)
-        if key not in known:
-            known.add(key)
-            _klp_alloc_func_nop(klp, obj, old_func)
-
-
-def _klp_alloc_object_dynamic(klp: Klp, patch_: Any, name: str) -> Any:
-    machine = klp.machine
-    obj = machine.view(
-        "klp_object", machine.slab.kzalloc(machine.layouts.sizeof("klp_object"), "dynamic klp_object")
+def _object_of(klp: Klp, patch_: Any, name: str) -> Any:
+    """The klp_object of a patch for the module of that name; None if it has none."""
+    return next(
+        (obj for obj in klp_for_each_object(patch_) if obj.name and klp.string(obj.name) == name), None
     )
-    if name != VMLINUX:
-        obj.name = machine.slab.kstrdup(name, "name of a dynamic klp_object")
-    _klp_init_object_early(patch_, obj)
-    obj.dynamic = True
-    return obj
-
-
-def _klp_alloc_func_nop(klp: Klp, obj: Any, old_func: Any) -> None:
-    machine = klp.machine
-    func = machine.view("klp_func", machine.slab.kzalloc(machine.layouts.sizeof("klp_func"), "nop klp_func"))
-    func.old_name = machine.slab.kstrdup(klp.string(old_func.old_name), "name of a nop klp_func")
-    _klp_init_func_early(obj, func)
-    func.old_sympos = old_func.old_sympos
-    func.nop = True
-
-
-def _func_key(klp: Klp, func: Any) -> tuple[str, int]:
-    """What makes two funcs the same one: name and sympos, 0 and 1 being alike (klp_find_func())."""
-    return klp.string(func.old_name), func.old_sympos or 1
 
 
 # Freeing.
@@ -368,23 +359,3 @@ def _free_objects(klp: Klp, patch_: Any, *, nops_only: bool) -> None:
         if obj.dynamic:
             slab.kfree(obj.name)
             slab.kfree(obj.address_)
-
-
-# Small things.
-
-
-def _is_object_loaded(obj: Any) -> bool:
-    return not obj.name or bool(obj.mod)
-
-
-def _object_name(klp: Klp, obj: Any) -> str:
-    return klp.string(obj.name) if obj.name else VMLINUX
-
-
-def _kobject_init(owner: Any) -> None:
-    owner.kobj.kref.refcount.refs.counter = 1
-    owner.kobj.state = KOBJECT_INITIALIZED
-
-
-def _kobject_add(owner: Any) -> None:
-    owner.kobj.state = KOBJECT_INITIALIZED | KOBJECT_IN_SYSFS

@@ -28,6 +28,8 @@ class Klp:
     klp_signals_cnt: GuestVariable = field(init=False)
     freed: Callable[[Any], None] = field(default=lambda patch: None)
     why_not: dict[int, str] = field(default_factory=dict)
+    # By id of shadow variables, the modules that have allocated or freed any.
+    shadow_users: dict[int, set[str]] = field(default_factory=dict)
     # old_func to the address of its klp_ops: a guess, checked in guest memory before it is used.
     ops_hints: dict[int, int] = field(default_factory=dict)
     _warned: set[tuple[str, str]] = field(default_factory=set)
@@ -71,7 +73,11 @@ class Klp:
 
     def name_of(self, patch: Any) -> str:
         """A patch is called as its module."""
-        name: bytes = patch.follow_("mod").name
+        return self.module_name(patch.follow_("mod"))
+
+    def module_name(self, module: Any) -> str:
+        """The name in a struct module."""
+        name: bytes = module.name
         return name.split(b"\0")[0].decode("ascii", "backslashreplace")
 
     def string(self, address: int) -> str:

@@ -29,7 +29,9 @@ from emu.thread_info import (
 )
 from emu.timer import HZ
 from patches import core, patch
+from patches.callbacks import klp_post_patch_callback, klp_post_unpatch_callback
 from patches.handler import KLP_PATCHED, KLP_UNDEFINED, KLP_UNPATCHED
+from patches.init_patch import klp_is_object_loaded
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
 from patches.stack_check import StackCheck, stack_of
 
@@ -176,6 +178,13 @@ def klp_complete_transition(klp: Klp) -> None:
         if test_tsk_thread_flag(klp.machine, task.address_, TIF_PATCH_PENDING):
             klp.warn_once("klp_complete_transition", "test_tsk_thread_flag(task, TIF_PATCH_PENDING)")
         task.patch_state = KLP_UNDEFINED
+    for obj in klp_for_each_object(patch_):
+        if not klp_is_object_loaded(obj):
+            continue
+        if target == KLP_PATCHED:
+            klp_post_patch_callback(klp, obj)
+        else:
+            klp_post_unpatch_callback(klp, obj)
     klp.log.pr_notice(f"livepatch: '{name}': {_direction(target)} complete")
     klp.klp_target_state.set(KLP_UNDEFINED)
     klp.klp_transition_patch.set(0)

@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from elf.unwind_row import FrameBase
 from emu.events import Event, EventKind
 from emu.machine import Machine
-from emu.memory import MemoryFault, read_u64
+from emu.memory import read_u64
 from emu.observer import Observer
 from emu.task import Task
 from emu.view import list_for_each_entry
@@ -169,31 +170,35 @@ class Consistency:
         machine = self._machine
         if not task.in_guest:
             return []
-        if machine.sched.task_curr(task) or (task.context is None and not task.preempted):
-            registers = task.cpu.registers()
-            trace, sp = machine.unwinder.walk(registers), registers["rsp"]
+        if task.context is not None and task.preempted:
+            registers = machine.frames.resumed(task)
+        elif task.context is not None or not task.running:
+            return list(machine.unwinder.walk_task(task.struct).entries)
         else:
-            trace = machine.unwinder.walk_task(task.struct)
-            at = task.struct + machine.layouts.offsetof("task_struct", "thread.sp")
-            sp = read_u64(machine.space, at)
-        found = list(trace.entries)
-        if trace.unreliable or any(self._redirects(each) for each in found):
-            # A trampoline holds where it will return to in its pt_regs: any word of the stack may matter.
-            found += self._words(sp, task.stack_top)
-        return found
+            registers = task.cpu.registers()
+        return [*machine.unwinder.walk(registers).entries, *self._decided(registers["rip"], registers["rsp"])]
 
-    def _redirects(self, address: int) -> bool:
-        symbol = self._machine.kallsyms.at(address)
-        return symbol is not None and (
-            symbol.module == "__builtin__ftrace" or symbol.name == "klp_ftrace_handler"
-        )
+    def _decided(self, ip: int, sp: int) -> list[int]:
+        """Where the trampoline that is being executed will return to: pt_regs.ip, once the handler is called.
 
-    def _words(self, sp: int, top: int) -> list[int]:
-        try:
-            data = self._machine.space.read(sp, top - sp)
-        except MemoryFault:
-            return []
-        return [int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data) - 7, 8)]
+        No return address says so before the trampoline has stored it in the caller's slot.
+        """
+        machine = self._machine
+        layouts, row_at = machine.layouts, machine.unwinder.row_at
+        call = machine.symbol("ftrace_call") - machine.symbol("ftrace_caller")
+        interrupted = True
+        while (symbol := machine.kallsyms.at(ip)) is not None:
+            row = row_at(ip if interrupted else ip - 1)
+            if row is None or row.base is not FrameBase.SP:
+                break
+            caller = sp + row.offset
+            if symbol.module == "__builtin__ftrace" and ip - symbol.address > call:
+                regs = caller - 8 - layouts.sizeof("pt_regs")
+                return [read_u64(machine.space, regs + layouts.offsetof("pt_regs", "ip"))]
+            if symbol.name not in ("klp_ftrace_handler", "arch_ftrace_ops_list_func"):
+                break
+            ip, sp, interrupted = read_u64(machine.space, caller - 8), caller, False
+        return []
 
     # Words.
 
