@@ -16,7 +16,7 @@ from emu.kallsyms import Ksym
 from emu.memory import PAGE_SIZE
 from emu.paging import Access
 
-__all__ = ["Group", "Placement", "Resolver", "lay_out"]
+__all__ = ["Group", "KlpInfo", "Placement", "Resolver", "lay_out"]
 
 # Gives the address of a symbol that the object does not define; raises for one that exists nowhere.
 Resolver = Callable[[Symbol], int]
@@ -31,6 +31,19 @@ class Group:
     size: int
 
 
+@dataclass(eq=False, slots=True)
+class KlpInfo:
+    """What livepatch keeps of a module's ELF tables, its symbol table above all (kernel/module/livepatch.c).
+
+    `symbol_values` has, by symbol index, the st_value of SHN_LIVEPATCH symbols: guest virtual addresses, as
+    they were resolved last.  `written` has, by klp relocation section and entry, the symbol's value with
+    which the field was written.
+    """
+
+    symbol_values: dict[int, int] = field(default_factory=dict)
+    written: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Placement:
     """An object laid out: `addresses` maps a section's index to its virtual address or per-CPU offset."""
@@ -42,6 +55,7 @@ class Placement:
     groups: list[Group]
     per_cpu: list[Section]
     contents: dict[int, bytearray] = field(default_factory=dict, repr=False)
+    klp: KlpInfo = field(default_factory=KlpInfo, repr=False)
 
     def value(self, symbol: Symbol) -> int | None:
         """Guest virtual address of a symbol this object defines; None if its section is not loaded."""
