@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
-from bench import basic, enable, load, redirect, sites
+from bench import basic, enable, load, redirect, sched, sites, transition
 from bench.measure import Result, as_json, table
 from klpemu import stock_kernel
 
@@ -13,6 +13,8 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "basic": basic.run,
     "redirect": redirect.run,
     "enable": enable.run,
+    "transition": transition.run,
+    "sched": sched.run,
     "sites": sites.run,
     "load": load.run,
 }

@@ -9,7 +9,7 @@ function whose frame needs an expression has no row there, which an unwinder mus
 import bisect
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elf.errors import ElfError
 from elf.unwind_row import FrameBase, UnwindRow
@@ -45,13 +45,17 @@ class _Cie:
 
 @dataclass(slots=True)
 class _State:
-    """The row under construction; `cfa` is None while it is an expression."""
+    """The row under construction; `cfa` is None while it is an expression.
+
+    `returns`: the return address lies right below the caller's stack pointer, where a call puts it.
+    """
 
     cfa: tuple[int, int] | None
     bp: int | None
+    returns: bool = True
 
     def row(self) -> UnwindRow | None:
-        if self.cfa is None or self.cfa[0] not in (RBP, RSP):
+        if self.cfa is None or self.cfa[0] not in (RBP, RSP) or not self.returns:
             return None
         base = FrameBase.SP if self.cfa[0] == RSP else FrameBase.BP
         return UnwindRow(base, self.cfa[1], self.bp)
@@ -130,7 +134,9 @@ def _read_cie(body: bytes) -> _Cie:
     if version not in (1, 3):
         raise ElfError(f"call frame information of version {version}", where=".eh_frame")
     code_factor, data_factor = reader.leb(), reader.leb(signed=True)
-    reader.number(1) if version == 1 else reader.leb()
+    column = reader.number(1) if version == 1 else reader.leb()
+    if column != RETURN_ADDRESS:
+        raise ElfError(f"a return address in column {column}", where=".eh_frame")
     encoding = 0
     if augmentation.startswith(b"z"):
         size = reader.leb()
@@ -143,6 +149,8 @@ def _read_cie(body: bytes) -> _Cie:
                     fields.number(1)
                 case "P":
                     _pointer(fields, fields.number(1), 0)
+                case _:  # "S", a signal frame, among them
+                    raise ElfError(f"call frame augmentation {augmentation!r}", where=".eh_frame")
     elif augmentation:
         raise ElfError(f"call frame augmentation {augmentation!r}", where=".eh_frame")
     return _Cie(code_factor, data_factor, encoding, augmentation.startswith(b"z"), body[reader.at :])
@@ -156,7 +164,7 @@ def _read_fde(body: bytes, cie: _Cie, address: int) -> Iterator[tuple[int, Unwin
         reader.take(reader.leb())
     initial = _State((RSP, 8), None)
     _rows(cie.program, cie, initial, start, initial)
-    state = _State(initial.cfa, initial.bp)
+    state = replace(initial)
     yield from _rows(body[reader.at :], cie, state, start, initial)
     yield start + size, None
 
@@ -189,29 +197,34 @@ def _rows(
                 case 0x06:  # DW_CFA_restore_extended
                     _restore(state, reader.leb(), initial)
                 case 0x07 | 0x08:  # DW_CFA_undefined, DW_CFA_same_value
-                    if reader.leb() == RBP:
+                    register = reader.leb()
+                    if register == RBP:
                         state.bp = None
+                    elif register == RETURN_ADDRESS:
+                        state.returns = False
                 case 0x0A:  # DW_CFA_remember_state
-                    remembered.append(_State(state.cfa, state.bp))
+                    remembered.append(replace(state))
                 case 0x0B:  # DW_CFA_restore_state
                     if not remembered:
                         raise ElfError("a frame state is restored that was not remembered", where=".eh_frame")
                     before = remembered.pop()
-                    state.cfa, state.bp = before.cfa, before.bp
+                    state.cfa, state.bp, state.returns = before.cfa, before.bp, before.returns
                 case 0x0C:  # DW_CFA_def_cfa
                     state.cfa = (reader.leb(), reader.leb())
                 case 0x0D:  # DW_CFA_def_cfa_register
-                    state.cfa = (reader.leb(), state.cfa[1] if state.cfa else 0)
+                    register = reader.leb()
+                    state.cfa = (register, state.cfa[1]) if state.cfa else None
                 case 0x0E:  # DW_CFA_def_cfa_offset
-                    state.cfa = (state.cfa[0] if state.cfa else RSP, reader.leb())
+                    offset = reader.leb()
+                    state.cfa = (state.cfa[0], offset) if state.cfa else None
                 case 0x0F:  # DW_CFA_def_cfa_expression
                     reader.take(reader.leb())
                     state.cfa = None
                 case 0x10 | 0x16:  # DW_CFA_expression, DW_CFA_val_expression
                     register = reader.leb()
                     reader.take(reader.leb())
-                    if register == RBP:
-                        state.cfa = None  # rbp cannot be told from an offset, so nothing above can be trusted
+                    if register in (RBP, RETURN_ADDRESS):
+                        state.cfa = None  # it cannot be told from an offset, so nothing above can be trusted
                 case 0x2E:  # DW_CFA_GNU_args_size
                     reader.leb()
                 case _:
@@ -225,11 +238,15 @@ def _rows(
 def _offset(state: _State, register: int, offset: int) -> None:
     if register == RBP:
         state.bp = offset
+    elif register == RETURN_ADDRESS:
+        state.returns = offset == -8
 
 
 def _restore(state: _State, register: int, initial: _State) -> None:
     if register == RBP:
         state.bp = initial.bp
+    elif register == RETURN_ADDRESS:
+        state.returns = initial.returns
 
 
 def _pointer(reader: _Reader, encoding: int, address: int) -> int:

@@ -1,7 +1,7 @@
 """What an unwind table says about a range of code: where the caller's frame is, and where its rbp was kept.
 
-Both table formats end up in this one form: the kernel's ORC (`elf.orc`) and DWARF call frame information
-(`elf.eh_frame`).  Offsets are in bytes.
+Whatever says it ends up in this one form: the kernel's ORC (`elf.orc`), DWARF call frame information
+(`elf.eh_frame`), frame pointers.  Offsets are in bytes.
 """
 
 import enum
@@ -38,7 +38,8 @@ class UnwindRow:
     """How to leave one frame: the caller's rsp is `base` + `offset`.
 
     The caller's rbp is kept at its rsp + `bp_offset`, or at rbp + `bp_offset` if `bp_from_bp`; None says that
-    it is in rbp.
+    it is in rbp.  A row for `calls_only` holds for code that waits in a call, not for code that was
+    interrupted.
     """
 
     base: FrameBase
@@ -46,3 +47,4 @@ class UnwindRow:
     bp_offset: int | None = None
     bp_from_bp: bool = False
     kind: FrameKind = FrameKind.CALL
+    calls_only: bool = False

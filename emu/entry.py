@@ -20,8 +20,15 @@ EXIT_TO_USER_MODE_WORK = TIF_SIGPENDING | TIF_PATCH_PENDING | TIF_NOTIFY_SIGNAL
 
 
 def exit_to_user_mode_loop(machine: "Machine", task: Task) -> None:
-    """Do the work that the thread flags ask for, until none is left; the current task only."""
+    """Do the work that the thread flags ask for, until none is left; the current task only.
+
+    Whoever waits for the vCPU gets it first: this is where every preemption model sees TIF_NEED_RESCHED.
+    """
+    rq = machine.sched.rq_of(task)
+    if rq.queue or rq.need_resched:
+        machine.sched.schedule("exit_to_user_mode")
     info = machine.view("task_struct", task.struct).thread_info
+
     while work := info.flags & EXIT_TO_USER_MODE_WORK:
         if work & TIF_PATCH_PENDING:
             machine.klp_update_patch_state(task.struct)

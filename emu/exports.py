@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from elf.errors import KlpemuError
 from emu.assembly import Code
+from emu.list import LIST_POISON1, LIST_POISON2
 from emu.memory import read_string
 from emu.traps import ARGUMENTS, Export
 from emu.view import Layouts
@@ -72,6 +73,30 @@ GUEST_EXPORTS = {
         ret
     """,
 }
+# kernel/locking/spinlock.c: the vCPU is not taken away while a lock is held, and who does not get it spins.
+# Interrupts and bottom halves, which the other forms switch off, are not modelled; nor is it in what order
+# the waiters get a lock, or that whoever releases one may have to give the vCPU up.
+SPIN_LOCK = """
+    spin:
+        xor eax, eax
+        lock cmpxchg dword ptr [rdi], edx
+        je locked
+        pause
+        jmp spin
+    locked:
+"""
+SPIN_LOCKS = {
+    "_raw_spin_lock": "ret",
+    "_raw_spin_lock_irq": "ret",
+    "_raw_spin_lock_bh": "ret",
+    "_raw_spin_lock_irqsave": "pushfq\n pop rax\n ret",
+}
+SPIN_UNLOCKS = (
+    "_raw_spin_unlock",
+    "_raw_spin_unlock_irq",
+    "_raw_spin_unlock_bh",
+    "_raw_spin_unlock_irqrestore",
+)
 # Variables that modules read: size in bytes of so many zeroes.
 GUEST_DATA = {"fips_enabled": 4, "kmalloc_caches": 1024}
 THUNK_REGISTERS = (
@@ -114,6 +139,13 @@ def append_guest_exports(
             code.labels[f"__{name}"] = code.labels[name]
     for name, size in GUEST_DATA.items():
         code.align(16).label(name).raw(bytes(size))
+    count = per_cpu["__preempt_count"].to_bytes(4, "little")
+    for name, rest in SPIN_LOCKS.items():
+        code.align(16).label(name).raw(b"\x65\xff\x04\x25" + count)  # inc dword ptr gs:[__preempt_count]
+        code.asm(f"mov edx, 1\n{SPIN_LOCK}\n{rest}")
+    for name in SPIN_UNLOCKS:
+        code.align(16).label(name).asm("mov dword ptr [rdi], 0")
+        code.raw(b"\x65\xff\x0c\x25" + count).asm("ret")  # dec dword ptr gs:[__preempt_count]
     for register in THUNK_REGISTERS:
         code.align(16).label(f"__x86_indirect_thunk_{register}").asm(f"jmp {register}")
 
@@ -162,6 +194,29 @@ def kfree_sensitive(machine: "Machine", address: int) -> None:
         size, _ = machine.slab.live.get(address, (0, ""))
         machine.space.write(address, bytes(size))
         machine.slab.kfree(address)
+
+
+@export
+def __list_add_valid(machine: "Machine", new: int, prev: int, next_: int) -> int:
+    """The list is whole where `new` is to come in (1); the kernel is BUG where not (lib/list_debug.c)."""
+    before, after = (machine.view("list_head", each) for each in (prev, next_))
+    if after.prev != prev or before.next != next_ or new in (prev, next_):
+        raise KlpemuError(f"list_add corruption at {new:#x}", where=machine.caller())
+    return 1
+
+
+@export
+def __list_del_entry_valid(machine: "Machine", entry: int) -> int:
+    """The entry is on a list that is whole there (1); the kernel is BUG where not."""
+    found = machine.view("list_head", entry)
+    prev, next_ = found.prev, found.next
+    poisoned = next_ == LIST_POISON1 or prev == LIST_POISON2
+    if poisoned or any(
+        other != entry
+        for other in (machine.view("list_head", prev).next, machine.view("list_head", next_).prev)
+    ):
+        raise KlpemuError(f"list_del corruption at {entry:#x}", where=machine.caller())
+    return 1
 
 
 @export

@@ -6,6 +6,7 @@ another task's, or a vCPU for some instructions.  So every interleaving can be p
 the host's stack.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -105,6 +106,10 @@ class Traps(Protocol):
         """A task is dead, and its vCPU has gone on to another one."""
         ...
 
+    def abandoned(self, task: Task) -> None:
+        """A task was torn out of guest code that will never clean up behind itself."""
+        ...
+
     def entering(self, task: Task, instructions: int) -> None:
         """At most so many instructions are about to run (the flight recorder takes its checkpoint here)."""
         ...
@@ -120,11 +125,13 @@ class Hub:
         self.tasks: list[Task] = []
         self.schedule: Schedule = RunToCompletion()
         self.instruction_budget = INSTRUCTION_BUDGET
+        # The error when nobody can go on; the rooms above may say more, while the tasks still stand there.
+        self.stuck: Callable[[str], KlpemuError] = KlpemuError
         self._traps = traps
         self._greenlet = greenlet.getcurrent()
         self._running: Service | None = None
         self._current: Task | None = None
-        self._failed: BaseException | None = None
+        self._failures: deque[BaseException] = deque()
 
     @property
     def current(self) -> Task:
@@ -160,12 +167,21 @@ class Hub:
             self.abandon(task)
             raise
         if not activity.finished:
-            message = f"no end in {PATIENCE // HZ} virtual seconds: {self._blocked()}"
+            stuck = self.stuck(f"no end in {PATIENCE // HZ} virtual seconds: {self._blocked()}")
             self.abandon(task)
-            raise KlpemuError(message)
+            self._raise_failure()
+            raise stuck
         if activity.error is not None:
             raise activity.error
+        self._raise_failure()
         return activity.result
+
+    def failed(self, error: BaseException) -> None:
+        """Something went wrong that nobody waits for: whoever drives the hub is told.
+
+        What is being finished is brought to its end first: half of an enabled patch helps nobody.
+        """
+        self._failures.append(error)
 
     def run(self, until: Callable[[], bool], finishing: Task, deadline: int | None = None) -> None:
         """Let everybody go on until the predicate holds, or until jiffy `deadline` (counted from boot).
@@ -186,22 +202,20 @@ class Hub:
                 except BaseException:
                     self.abandon(picked)
                     raise
-                if self._failed is not None:
-                    error, self._failed = self._failed, None
-                    raise error
-                continue
-            sched.idle()
-            if any(each.idle.activities for each in sched.runqueues):
+                if not finishing.activities:
+                    self._raise_failure()
                 continue
             expiry = timers.next_expiry
             if expiry is None and deadline is None:
-                raise KlpemuError(f"deadlock: {self._blocked()}")
+                self._raise_failure()
+                raise self.stuck(f"deadlock: {self._blocked()}")
             ends = [each for each in (expiry, deadline) if each is not None]
             timers.advance_to(min(ends))
 
     def advance(self, task: Task, instructions: int | None = None) -> None:
         """One step of one task: a service up to its next door, or guest code for some instructions."""
-        self.sched.switch_to(task)
+        if not task.running:
+            self.sched.switch_to(task)
         match task.top:
             case GuestCall() as call:
                 self._advance_guest(task, call, instructions)
@@ -209,14 +223,16 @@ class Hub:
                 self._advance_service(task, service)
             case Program() as program:
                 self._advance_program(task, program)
-        if task.dead and not task.activities:
-            self.sched.exit(task)
-            self._traps.exited(task)
-        elif not task.activities:
-            self.sched.rest(task)
+        if not task.activities:
+            if task.dead:
+                self.sched.exit(task)
+                self._traps.exited(task)
+            else:
+                self.sched.rest(task)
 
     def abandon(self, task: Task) -> None:
         """Drop all that a task was doing, after an error that nothing can go on from."""
+        torn = task.in_guest
         abandoned, task.activities = task.activities, []
         for activity in reversed(abandoned):
             if isinstance(activity, Service) and activity.coroutine:
@@ -226,6 +242,8 @@ class Hub:
                 with suppress(KlpemuError):
                     activity.coroutine.throw(greenlet.GreenletExit)
                 self._current = None
+        if torn:
+            self._traps.abandoned(task)
         self.sched.abandon(task)
 
     # Doors, called from inside a service.
@@ -246,7 +264,7 @@ class Hub:
         service.waiting, service.waiting_for, service.spins = holds, what, spins
         while True:
             if not spins:
-                self.sched.sleep_until(task)
+                self.sched.sleep_until(task, what)
             self._greenlet.switch(Door("wait"))
             if holds():
                 break
@@ -279,6 +297,7 @@ class Hub:
             self.serve(task, "exit_to_user_mode", lambda: self._traps.exit_to_user_mode(task))
         elif program.next_call(task):
             program.in_kernel = True
+            self.timers.spend(EXIT_COST)  # a kernel thread's calls may all return without leaving the guest
         else:
             self._done(task, program, program.result, None)
 
@@ -319,7 +338,9 @@ class Hub:
         if not call.started:
             call.started = True
             self._traps.enter(task, call)
-        share = max(1, min(call.budget, instructions or call.budget))
+        share = call.budget if instructions is None else min(instructions, call.budget)
+        share = max(1, share)
+
         self._traps.entering(task, share)
         stop = task.cpu.run(share)
         call.budget -= share
@@ -365,13 +386,17 @@ class Hub:
                 self._done(task, below, None, error)
             elif isinstance(activity, Service):
                 task.cpu.set_registers({"rax": result or 0})
-        elif isinstance(activity, Program):
-            self._failed = error
+        elif isinstance(activity, Program) and error is not None:
+            self.failed(error)
+
+    def _raise_failure(self) -> None:
+        if self._failures:
+            raise self._failures.popleft()
 
     def _blocked(self) -> str:
         waiting = [
             f"{task.name} waits for {top.waiting_for}"
             for task in self.tasks
-            if isinstance(top := task.top, Service) and not task.running
+            if isinstance(top := task.top, Service) and (top.spins or not task.running)
         ]
         return ", ".join(waiting) or "no task has anything to do"

@@ -5,14 +5,17 @@ spinning and handing over are not modelled.  Waiters are on the wait_list, with 
 stacks.
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from emu.entry import signal_pending
 from emu.exports import export
 from emu.list import list_add_tail, list_del, list_empty
 from emu.sleep import set_current_state
-from emu.thread_info import TASK_RUNNING, TASK_UNINTERRUPTIBLE
+from emu.spinlock import spin_locked
+from emu.thread_info import TASK_INTERRUPTIBLE, TASK_RUNNING, TASK_UNINTERRUPTIBLE
 from emu.view import list_for_each_entry
 
 if TYPE_CHECKING:
@@ -36,6 +39,25 @@ def mutex_held(machine: "Machine", symbol: str) -> Iterator[None]:
 def mutex_lock(machine: "Machine", lock: int) -> None:
     """Take the mutex; sleep until it is free."""
     _lock(machine, lock)
+
+
+@export
+def mutex_lock_interruptible(machine: "Machine", lock: int) -> int:
+    """Take the mutex (0), or give up when there is a signal (-EINTR)."""
+    return 0 if _lock(machine, lock, TASK_INTERRUPTIBLE) else -errno.EINTR
+
+
+@export
+def mutex_lock_killable(machine: "Machine", lock: int) -> int:
+    """Take the mutex; nobody is killed here."""
+    _lock(machine, lock)
+    return 0
+
+
+@export
+def mutex_is_locked(machine: "Machine", lock: int) -> int:
+    """Somebody has the mutex."""
+    return int(machine.view("mutex", lock).owner.counter != 0)
 
 
 @export
@@ -64,27 +86,35 @@ def _try(machine: "Machine", lock: int) -> bool:
     return machine.shared.cmpxchg(owner, 0, machine.hub.current.struct)
 
 
-def _lock(machine: "Machine", lock: int) -> None:
+def _lock(machine: "Machine", lock: int, state: int = TASK_UNINTERRUPTIBLE) -> bool:
+    """Take the mutex, asleep in `state` until it is free; False if a signal has ended that."""
     if _try(machine, lock):
-        return
+        return True
     mutex = machine.view("mutex", lock)
     waiter = machine.view("mutex_waiter", machine.on_stack(machine.layouts.sizeof("mutex_waiter")))
     waiter.task = machine.hub.current.struct
-    list_add_tail(waiter.list, mutex.wait_list)
-    set_current_state(machine, TASK_UNINTERRUPTIBLE)
+    with spin_locked(machine, mutex.member_("wait_lock")):
+        list_add_tail(waiter.list, mutex.wait_list)
     try:
+        set_current_state(machine, state)
         while not _try(machine, lock):
+            if state == TASK_INTERRUPTIBLE and signal_pending(machine, machine.hub.current):
+                return False
             machine.sched.schedule(machine.kallsyms.describe(lock).split("+")[0])
-            set_current_state(machine, TASK_UNINTERRUPTIBLE)
+            set_current_state(machine, state)
+        return True
     finally:
         set_current_state(machine, TASK_RUNNING)
-        list_del(waiter.list)
+        with spin_locked(machine, mutex.member_("wait_lock")):
+            list_del(waiter.list)
 
 
 def _unlock(machine: "Machine", lock: int) -> None:
     mutex = machine.view("mutex", lock)
     mutex.owner.counter = 0
-    if list_empty(mutex.wait_list):
+    if list_empty(mutex.wait_list):  # whoever comes later tries once more before it sleeps
         return
-    first = next(list_for_each_entry(mutex.wait_list, "mutex_waiter", "list"))
-    machine.sched.try_to_wake_up(machine.by_struct[first.task])
+    with spin_locked(machine, mutex.member_("wait_lock")):
+        first = next(list_for_each_entry(mutex.wait_list, "mutex_waiter", "list"), None)
+        if first is not None:
+            machine.sched.try_to_wake_up(machine.sched.task_of(first.task))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from emu.task import Task
+from emu.task import GuestCall, Task
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -41,7 +41,6 @@ class Observer:
         self._sites: dict[int, int] = {}  # function to site
         self._behind: dict[int, int] = {}  # behind a site to function
         self._watched: set[int] = set()
-        self._activations: dict[Task, list[Activation]] = {}
         for cpu in machine.cpus:
             cpu.observe(partial(self._on_block, cpu.number))
 
@@ -62,17 +61,15 @@ class Observer:
 
     def activations(self, task: Task) -> list[Activation]:
         """The calls of watched functions that have not returned, outermost first."""
-        return self._activations.get(task, [])
-
-    def exited(self, task: Task) -> None:
-        """The task is gone."""
-        self._activations.pop(task, None)
+        calls = [each for each in task.activities if isinstance(each, GuestCall)]
+        return [activation for call in calls for activation in call.activations]
 
     def _on_block(self, number: int, address: int) -> None:
         rq = self._machine.sched.runqueues[number]
         task = rq.curr
         function: int | None = None
-        live = self._activations.get(task)
+        assert isinstance(task.top, GuestCall)
+        live = task.top.activations
         if address in self._sites:
             first = self._machine.space.read(self._sites[address], 1)[0]
             if first not in (CALL, INT3):
@@ -87,9 +84,9 @@ class Observer:
         while live and live[-1].rsp < rsp:
             live.pop()
         if function is None:
+            if live and live[-1].rsp == rsp and self._has_left(live[-1].function, address):
+                live.pop()
             return
-        if live is None:
-            live = self._activations[task] = []
         if live and live[-1].rsp == rsp:
             if live[-1].function == function:
                 return
@@ -97,3 +94,13 @@ class Observer:
         else:
             live.append(Activation(rsp, function))
         self._executed(task, function)
+
+    def _has_left(self, function: int, address: int) -> bool:
+        """A function is over that has jumped, with nothing left on the stack, to one that nobody watches.
+
+        Its cold part is still the function.
+        """
+        mine, other = (self._machine.kallsyms.at(each) for each in (function, address))
+        if mine is None or other is None:
+            return False
+        return other.address != mine.address and not other.name.startswith(f"{mine.name}.cold")

@@ -1,5 +1,6 @@
 """The kernel's log: one line a message, the text letter for letter what a real kernel prints."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 __all__ = ["Printk"]
@@ -7,9 +8,13 @@ __all__ = ["Printk"]
 
 @dataclass(eq=False, slots=True)
 class Printk:
-    """The log of one machine.  Debug lines are kept, as on a kernel with its dynamic debug switched on."""
+    """The log of one machine.  Debug lines are kept, as on a kernel with its dynamic debug switched on.
+
+    `listeners` get each line as it comes.
+    """
 
     lines: list[str] = field(default_factory=list)
+    listeners: list[Callable[[str], None]] = field(default_factory=list)
 
     def pr_debug(self, text: str) -> None:
         self._add(text)
@@ -31,4 +36,7 @@ class Printk:
         return self.lines[count:]
 
     def _add(self, text: str) -> None:
-        self.lines.extend(text.splitlines())
+        for line in text.splitlines():
+            self.lines.append(line)
+            for listener in self.listeners:
+                listener(line)

@@ -128,21 +128,34 @@ class TaskProgram:
         self._serve(task, operation, body)
 
     def _user(self, task: Task, operation: Operation) -> None:
-        """Compute in user space: the task keeps its vCPU; an interrupt's way back does the pending work."""
+        """Compute in user space; an interrupt's way back does the pending work.
+
+        User space is preempted in every preemption model.  Those who compute there at the same time do so in
+        turn, which is not modelled: their time passes together.
+        """
         machine = self._machine
+        queue = machine.sched.rq_of(task).queue
+
+        def others() -> bool:
+            return any(not (isinstance(each.top, Service) and each.top.in_user_space) for each in queue)
 
         def body() -> None:
             over = False
+            service = cast(Service, task.top)
 
             def ring() -> None:
                 nonlocal over
-                over = True
+                over, service.in_user_space = True, False
 
             machine.timers.add_timer(msecs_to_jiffies(operation.msecs), ring, "user space")
-            service = cast(Service, task.top)
             while not over:
                 service.in_user_space = True
-                machine.hub.wait(lambda: over or exit_work(machine, task), "user space", spins=True)
+                machine.hub.wait(
+                    lambda: over or others() or exit_work(machine, task), "user space", spins=True
+                )
+                if others():
+                    machine.sched.preempt_schedule("user space")
+                    continue
                 service.in_user_space = False
                 exit_to_user_mode_loop(machine, task)
 

@@ -51,6 +51,8 @@ def _all_interruptible(machine: "Machine") -> Callable[[], bool]:
 def _all_cpus_have_scheduled(machine: "Machine") -> Callable[[], bool]:
     sched, me = machine.sched, _me(machine)
     left = [(rq, rq.nr_switches) for rq in sched.runqueues if rq.curr is not me]
+    for rq, _ in left:
+        rq.need_resched = True
 
     def holds() -> bool:
         return all(

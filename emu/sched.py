@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from elf.errors import KlpemuError
 from emu.cpu import VCpu
 from emu.events import EventKind
 from emu.memory import read_u32, read_u64
@@ -21,7 +22,9 @@ from emu.thread_info import (
     TASK_NORMAL,
     TASK_RUNNING,
     TASK_UNINTERRUPTIBLE,
+    TIF_NOTIFY_SIGNAL,
     TIF_PATCH_PENDING,
+    TIF_SIGPENDING,
 )
 
 if TYPE_CHECKING:
@@ -30,10 +33,15 @@ if TYPE_CHECKING:
 __all__ = ["RunQueue", "Scheduler"]
 
 PREEMPT_ENABLED = 0x8000_0000
+SIGNALS = TIF_SIGPENDING | TIF_NOTIFY_SIGNAL
 
 
 class RunQueue:
-    """One vCPU's tasks: `curr` has its registers, `queue` are those that would run, in order of arrival."""
+    """One vCPU's tasks: `curr` has its registers, `queue` are those that would run, in order of arrival.
+
+    `need_resched`: somebody waits for work that he has queued on this vCPU (schedule_on_each_cpu()); its
+    kworker, which is not modelled, runs as soon as `curr` goes through schedule().
+    """
 
     def __init__(self, cpu: VCpu, idle: Task) -> None:
         self.cpu = cpu
@@ -42,6 +50,7 @@ class RunQueue:
         self.queue: deque[Task] = deque()
         self.nr_switches = 0
         self.online = True
+        self.need_resched = False
 
     @property
     def is_idle(self) -> bool:
@@ -66,6 +75,8 @@ class Scheduler:
         self._canary = symbols["fixed_percpu_data"] + offsetof("fixed_percpu_data", "stack_canary")
         names = ("__state", "on_cpu", "on_rq", "nvcsw", "nivcsw", "stack_canary", "thread_info.flags")
         self._at = {name: offsetof("task_struct", name) for name in names}
+        for rq in self.runqueues:
+            self.set_current(rq, rq.idle)
 
     # Looking.
 
@@ -73,23 +84,29 @@ class Scheduler:
         """The run queue of a task's vCPU."""
         return self.runqueues[task.cpu.number]
 
+    def task_of(self, task_struct: int) -> Task:
+        """The task whose task_struct a pointer in guest memory points to; raises KlpemuError if none does."""
+        task = self._machine.by_struct.get(task_struct)
+        if task is None:
+            raise KlpemuError("a pointer to no task_struct", where=f"{task_struct:#018x}")
+        return task
+
     def task_curr(self, task: Task) -> bool:
         """The task is being executed by its vCPU."""
         rq = self.rq_of(task)
         return not rq.curr.running or rq.curr is task if task is rq.idle else rq.curr is task and task.running
 
     def candidates(self) -> list[Task]:
-        """The tasks of which each could go on now."""
+        """The tasks of which each could go on now, in order of their vCPUs; one without any goes idle."""
         if self._sleepers:
             self._wake_sleepers()
         found: list[Task] = []
         for rq in self.runqueues:
             curr = rq.curr
             if not curr.running:
-                if rq.idle.activities:
-                    found.append(rq.idle)
-                else:
-                    found += rq.queue
+                if not rq.queue and curr is not rq.idle:
+                    self._context_switch(rq, rq.idle)
+                found += [rq.idle] if rq.idle.activities else rq.queue
                 continue
             top = curr.top
             if isinstance(top, Service) and top.spins and not curr.runnable:
@@ -98,7 +115,8 @@ class Scheduler:
             if rq.queue and self.preemptible(curr):
                 found += rq.queue
         if self._locked:
-            found = [each for each in found if each not in self._locked]
+            # One that runs goes on: it may be the one that holds the lock, about to switch itself.
+            found = [each for each in found if each.running or each not in self._locked]
         return found
 
     @contextmanager
@@ -125,17 +143,14 @@ class Scheduler:
     def enqueue(self, task: Task) -> None:
         """The task has something to do: it runs when it is picked."""
         if not task.running and not task.queued:
-            task.queued = not task.idle
             self._store(task, "__state", TASK_RUNNING)
-            self._store(task, "on_rq", 1)
-            if task.queued:
-                self.rq_of(task).queue.append(task)
+            self._put_in_queue(task)
 
     def try_to_wake_up(self, task: Task, state: int = TASK_NORMAL) -> bool:
         """Make a task run if it sleeps in one of the states; False if it does not."""
         if not self._state(task) & state:
             return False
-        if task.running:  # it has set its state and is on its way to schedule()
+        if task.running or task.queued:  # it has set its state and is on its way to schedule()
             self._store(task, "__state", TASK_RUNNING)
         else:
             self.enqueue(task)
@@ -149,25 +164,32 @@ class Scheduler:
     # Giving the vCPU up; called inside of services.
 
     def schedule(self, what: str = "schedule") -> None:
-        """schedule(): the current task stays in the queue if its state is TASK_RUNNING, and sleeps if not."""
-        hub = self._machine.hub
-        task = hub.current
-        service = task.top
-        assert isinstance(service, Service)
-        service.waiting_for = what
-        if self._state(task) == TASK_RUNNING:
-            self._off(task)
-            self.enqueue(task)
-        else:
-            self._off(task)
-            self._store(task, "on_rq", 0)
-        hub.leave("schedule")
+        """schedule(): the current task stays in the queue if its state is TASK_RUNNING, and sleeps if not.
 
-    def sleep_until(self, task: Task, interruptible: bool = False) -> None:
-        """The task sleeps in a service until the predicate that this waits for holds."""
-        self._store(task, "__state", TASK_INTERRUPTIBLE if interruptible else TASK_UNINTERRUPTIBLE)
+        Nor does it sleep in TASK_INTERRUPTIBLE while there is a signal (signal_pending_state()).
+        """
+        task = self._machine.hub.current
+        if self._state(task) & TASK_INTERRUPTIBLE and self._flags(task) & SIGNALS:
+            self._store(task, "__state", TASK_RUNNING)
+        if self._state(task) == TASK_RUNNING:
+            self.preempt_schedule(what)
+            return
+        self._off(task, what)
         self._store(task, "on_rq", 0)
-        self._off(task)
+        self._machine.hub.leave("schedule")
+
+    def preempt_schedule(self, what: str) -> None:
+        """preempt_schedule_common(): the current task stays in the queue, whatever state it has set."""
+        task = self._machine.hub.current
+        self._off(task, what)
+        self._put_in_queue(task)
+        self._machine.hub.leave("schedule")
+
+    def sleep_until(self, task: Task, what: str) -> None:
+        """The task sleeps in a service until the predicate that this waits for holds."""
+        self._off(task, what)
+        self._store(task, "__state", TASK_UNINTERRUPTIBLE)
+        self._store(task, "on_rq", 0)
         self._sleepers.append(task)
 
     def rest(self, task: Task) -> None:
@@ -195,12 +217,6 @@ class Scheduler:
             self._context_switch(rq, task)
         task.running = True
 
-    def idle(self) -> None:
-        """Every vCPU that has nothing to run goes to its idle task."""
-        for rq in self.runqueues:
-            if not rq.curr.running and rq.curr is not rq.idle:
-                self._context_switch(rq, rq.idle)
-
     def abandon(self, task: Task) -> None:
         """All that the task was doing is dropped: it is on no queue and waits for nothing."""
         rq = self.rq_of(task)
@@ -219,37 +235,53 @@ class Scheduler:
             self._context_switch(rq, rq.idle)
 
     def _context_switch(self, rq: RunQueue, task: Task) -> None:
-        space, prev = self._machine.space, rq.curr
+        prev = rq.curr
         prev.preempted = prev.running
         if prev.preempted:
             registers = prev.cpu.registers()
             self.frames.interrupt(prev, registers)
             prev.context = Context(registers, prev.cpu.vectors())
             prev.running = False
-            self.enqueue(prev)
+            self._put_in_queue(prev)  # in whatever state: it may be on its way to schedule()
         elif prev.in_guest:
             prev.context = Context(prev.cpu.registers(), prev.cpu.vectors())
         self._count(prev, "nivcsw" if prev.preempted else "nvcsw")
         self._store(prev, "on_cpu", 0)
         self._store(task, "on_cpu", 1)
-        base = rq.cpu.gs_base
-        space.write(base + self._current_task, task.struct.to_bytes(8, "little"))
-        space.write(base + self._top_of_stack, task.stack_top.to_bytes(8, "little"))
-        canary = space.read(task.struct + self._at["stack_canary"], 8)
-        space.write(base + self._canary, canary)
+        self.set_current(rq, task)
         if task.context is not None:
             task.cpu.set_registers(self.frames.resumed(task))
             task.cpu.set_vectors(task.context.vectors)
             task.context, task.preempted = None, False
         rq.curr = task
+        rq.need_resched = False
         rq.nr_switches += 1
         self._machine.events.record(EventKind.SWITCH, task.struct, note=f"{prev.name} -> {task.name}")
         if task is rq.idle and self._flags(task) & TIF_PATCH_PENDING:
             self.wake_up_if_idle(rq)
 
-    def _off(self, task: Task) -> None:
+    def set_current(self, rq: RunQueue, task: Task) -> None:
+        """What a vCPU's own variables say about the task that it executes."""
+        space, base = self._machine.space, rq.cpu.gs_base
+        space.write(base + self._current_task, task.struct.to_bytes(8, "little"))
+        space.write(base + self._top_of_stack, task.stack_top.to_bytes(8, "little"))
+        space.write(base + self._canary, space.read(task.struct + self._at["stack_canary"], 8))
+
+    def _put_in_queue(self, task: Task) -> None:
+        task.queued = not task.idle
+        self._store(task, "on_rq", 1)
+        if task.queued:
+            self.rq_of(task).queue.append(task)
+
+    def _off(self, task: Task, what: str) -> None:
+        service, rq = task.top, self.rq_of(task)
+        assert isinstance(service, Service)
+        service.waiting_for = what
         self.frames.sleep(task)
         task.running = False
+        if rq.need_resched:
+            rq.need_resched = False
+            rq.nr_switches += 1
 
     def _wake_sleepers(self) -> None:
         for task in [each for each in self._sleepers if each.runnable]:

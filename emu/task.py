@@ -31,7 +31,7 @@ class GuestCall(Activity):
     stack.
 
     `saved` holds the registers of the guest code underneath while it waits; `budget` counts instructions
-    down.
+    down; `activations` belong to whoever watches what it calls (emu/observer.py).
     """
 
     entry: int = 0
@@ -41,6 +41,7 @@ class GuestCall(Activity):
     started: bool = False
     budget: int = 0
     breakpoint: int | None = None  # address of an int3 that was executed and waits for its handler
+    activations: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
@@ -93,7 +94,7 @@ class Task:
     where the frames of its kernel code begin: below the pt_regs of its entry from user space.  `running`: its
     vCPU executes it; `queued`: it would run if it was picked; neither: it is blocked.  `preempted`: it was
     taken off its vCPU at an arbitrary instruction.  `dead`: it has exited.  `program` is what it does by
-    itself (emu/program.py).
+    itself (emu/program.py), `children` those it has forked that are not gone yet, by address of task_struct.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Task:
     stack_base: int = 0
     dead: bool = False
     program: Any = None
+    children: dict[int, "Task"] = field(default_factory=dict)
 
     @property
     def top(self) -> Activity | None:

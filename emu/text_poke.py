@@ -68,6 +68,10 @@ class TextPoker:
         self._queue: list[TextPokeLoc] = []
         self._patching: list[TextPokeLoc] = []  # bp_desc: what poke_int3_handler() looks at
 
+    def text_poke(self, address: int, data: bytes) -> None:
+        """One store, without breakpoint and sync: nothing can be executing these bytes yet."""
+        self._store(address, data, "text_poke")
+
     def text_poke_queue(self, address: int, text: bytes) -> None:
         """Add a site to the batch; the batch goes out first if it is full or would lose its order."""
         if len(self._queue) == TP_VEC_MAX or (self._queue and self._queue[-1].address > address):
@@ -120,18 +124,18 @@ class TextPoker:
         self._patching = batch
         for site in batch:
             site.old = self._space.read(site.address, 1)[0]
-            self._text_poke(site.address, bytes([INT3]), 1)
+            self._store(site.address, bytes([INT3]), "phase 1")
         self._sync("text_poke_sync")
         for site in batch:
-            self._text_poke(site.address + 1, site.text[1:], 2)
+            self._store(site.address + 1, site.text[1:], "phase 2")
         self._sync("text_poke_sync")
         for site in batch:
-            self._text_poke(site.address, site.text[:1], 3)
+            self._store(site.address, site.text[:1], "phase 3")
         self._sync("text_poke_sync")
         self._patching = []
 
-    def _text_poke(self, address: int, data: bytes, phase: int) -> None:
+    def _store(self, address: int, data: bytes, note: str) -> None:
         self._door("poke", address)
         before = self._space.read(address, len(data))
         self._space.write(address, data)
-        self._events.record(EventKind.POKE, address, before, data, f"phase {phase}")
+        self._events.record(EventKind.POKE, address, before, data, note)

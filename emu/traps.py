@@ -8,7 +8,7 @@ from emu.assembly import disassemble
 from emu.cpu import REGISTERS, Stop, StopKind
 from emu.entry import exit_to_user_mode_loop
 from emu.events import EventKind
-from emu.fork import release_task
+from emu.fork import release_task, replace_stack
 from emu.memory import PAGE_SIZE, MemoryFault
 from emu.task import GuestCall, Service, Task
 
@@ -152,6 +152,9 @@ class GuestTraps:
 
     def exited(self, task: Task) -> None:
         release_task(self._machine, task)
+
+    def abandoned(self, task: Task) -> None:
+        replace_stack(self._machine, task)
 
     def entering(self, task: Task, instructions: int) -> None:
         self._machine.recorder.checkpoint(task.cpu, instructions)

@@ -132,6 +132,7 @@ def _append_all(
         exits[start + len(code.bytes)] = name
         code.raw("c3 90 f4")
         exits[start + len(code.bytes)] = "klpemu_return"
+        code.raw("cc")  # or who stops at the next stub's first byte would seem to have come from here
     return exits
 
 

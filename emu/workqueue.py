@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from elf.errors import KlpemuError
 from emu.fork import new_task
 from emu.task import Task
 from emu.thread_info import PF_WQ_WORKER
@@ -40,23 +41,29 @@ class Workqueue:
             self._machine.hub.serve(self._kworker, name, self._worker_thread)
 
     def schedule_delayed_work(self, name: str, work: Callable[[], None], delay: int) -> bool:
-        """Schedule `work` in `delay` jiffies; False if the work of that name is pending already."""
+        """Schedule `work` in `delay` jiffies; False if the work of that name is pending already.
+
+        It is pending until the kworker begins with it (WORK_STRUCT_PENDING).
+        """
         if name in self._delayed:
             return False
         self._delayed.add(name)
 
-        def fire() -> None:
+        def begin() -> None:
             self._delayed.discard(name)
-            self.schedule_work(name, work)
+            work()
 
-        self._machine.timers.add_timer(delay, fire, name)
+        self._machine.timers.add_timer(delay, lambda: self.schedule_work(name, begin), name)
         return True
 
     def delayed(self, name: str) -> bool:
-        """The delayed work of that name waits for its time."""
+        """The delayed work of that name waits for its time, or for the kworker."""
         return name in self._delayed
 
     def _worker_thread(self) -> None:
         while self._works:
             _, work = self._works.popleft()
-            work()
+            try:
+                work()
+            except KlpemuError as error:
+                self._machine.hub.failed(error)

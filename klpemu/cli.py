@@ -20,6 +20,7 @@ from klpemu.interrupt import INTERRUPTED, say_interrupted, watch_for_ctrl_c
 from klpemu.output import print_error
 from klpemu.report import FINDINGS
 from klpemu.verbs.demo import demo
+from klpemu.verbs.info import info
 from klpemu.verbs.run import run
 from klpemu.verbs.sites import sites
 from klpemu.verbs.trace import trace
@@ -122,5 +123,5 @@ def main(context: click.Context) -> None:
         context.exit(BAD_INPUT)
 
 
-for _verb in (demo, sites, verify, trace, run):
+for _verb in (demo, sites, info, verify, trace, run):
     main.add_command(_verb)

@@ -21,17 +21,21 @@ from emu.view import list_for_each_entry
 from emu.vmcore import save_core
 from klpemu.fixtures import BUILTIN_KERNEL, fixture, locate
 from klpemu.tasks import Tasks
-from patches import core, exports, transition
+from patches import core, exports, shadow, transition
 from patches.handler import append_klp_ftrace_handler
 from patches.invariants.consistency import Consistency
 from patches.invariants.finding import Report
+from patches.invariants.relocations import expected_texts
 from patches.invariants.subject import Subject
 from patches.invariants.verify import verify
 from patches.klp import Klp
 from patches.livepatch import VMLINUX, Patch, declared, discard, materialise
 from patches.stacks import expected_functions
 
-__all__ = ["EnabledPatch", "Kernel", "Trace"]
+__all__ = ["EXPORTING", "EnabledPatch", "Kernel", "Trace"]
+
+# Modules whose functions enter themselves into KLP_EXPORTS.
+EXPORTING = (shadow,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class Kernel:
         machine.traps.exports["klp_enable_patch"] = self._klp_enable_patch
         exports.connect(self.klp)
         transition.connect(self.klp)
+        core.connect(self.klp)
         self.klp.freed = self._freed
 
     @classmethod
@@ -112,13 +117,6 @@ class Kernel:
     def load_module(self, path: str | PathLike[str]) -> str:
         """Load a module to be patched; returns its name."""
         image = Image.open(locate(fspath(path)))
-        named = next((each for each in self.enabled if self._name_of(image) in each.patch.objects), None)
-        if named is not None:
-            raise KlpemuError(
-                f"the enabled patch '{named.patch.name}' changes this module",
-                where=image.path,
-                advice="load it before the patch: patches do not apply to modules that come later yet",
-            )
         before = self._allocations().keys()
         loaded: LoadedObject = self._serve("load_module", lambda: self.machine.modules.load_module(image))
         self._baseline |= self._allocations().keys() - before
@@ -128,7 +126,7 @@ class Kernel:
     def unload_module(self, name: str) -> None:
         """Unload a module again; refused while a patch changes it or has its code in it."""
         for each in self.enabled:
-            if name == each.patch.name or name in each.patch.objects:
+            if name == each.patch.name:
                 raise KernelErrno(
                     errno.EWOULDBLOCK,
                     f"module '{name}' is in use",
@@ -257,7 +255,7 @@ class Kernel:
             layouts=machine.layouts,
             kallsyms=machine.kallsyms,
             symbols=machine.vmlinux.symbols,
-            texts=[text for each in objects for text in each.texts],
+            texts=[text for each in objects for text in expected_texts(each)],
             sites=frozenset(ip for each in objects for ip in each.sites),
             functions=expected_functions(
                 machine.kallsyms,
@@ -269,6 +267,8 @@ class Kernel:
             execute=partial(execute_stream, machine),
             slab=machine.slab,
             remaining=[(at, tag) for at, tag in self._allocations().items() if at not in self._baseline],
+            shadow_users=self.klp.shadow_users,
+            livepatches=[each.module for each in self.enabled],
         )
 
     def address_of(self, function: str | int) -> int:
@@ -343,6 +343,7 @@ class Kernel:
     def _insmod(self, patch: Patch, image: Image) -> None:
         before = self._live()
         loaded = self.machine.modules.load_module(image, patch.name)
+        self.machine.view("module", loaded.struct).klp = True  # the object may say nothing of it
         with ExitStack() as undo:
             undo.callback(self.machine.modules.unload_module, patch.name)
             new_func = {
@@ -433,4 +434,7 @@ class Kernel:
     def _allocations(self) -> dict[int, str]:
         slab, area = self.machine.slab.live, self.machine.area.live
         found = {at: tag for at, (_, tag) in [*slab.items(), *area.items()]}
-        return {at: tag for at, tag in found.items() if at not in self.machine.by_struct}
+        # What guest code has asked for ("kmalloc by ...") is its own, and may well outlive a patch.
+        return {
+            at: tag for at, tag in found.items() if at not in self.machine.by_struct and " by " not in tag
+        }

@@ -8,10 +8,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
@@ -27,15 +29,25 @@ NARROW: Final = 80
 LABEL: Final = 18
 PIECE: Final = 1 << 14  # characters
 QUIET_SECONDS: Final = 5.0
+# How often a picture is renewed: so many seconds between two, and so many times what drawing it takes.
+PICTURE_SECONDS: Final = 0.1
+PICTURE_SHARE: Final = 10
 
 Item = TypeVar("Item")
 
 
 class _Console(Console):
-    """A console that leaves a closed pipe to the caller, instead of exiting with status 1."""
+    """A console that leaves a closed pipe to the caller, instead of exiting with status 1.
+
+    It never hides the cursor: whatever ends the process in the middle of a picture, the terminal is as it
+    was.
+    """
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
+
+    def show_cursor(self, show: bool = True) -> bool:
+        return False
 
 
 class Output:
@@ -46,6 +58,12 @@ class Output:
         self._as_json = as_json
         self._console = _console(sys.stdout, color)
         self._progress = _console(sys.stderr, color)
+        self._held: list[Text] | None = None
+
+    @property
+    def draws(self) -> bool:
+        """There is a terminal, on which a picture can be kept up to date."""
+        return self._console.is_terminal and not self._as_json
 
     @property
     def narrow(self) -> bool:
@@ -62,14 +80,26 @@ class Output:
         text = Text.assemble(*pieces)
         first = Text.assemble(" " * indent, (label, "dim"))
         if not self._console.is_terminal:
-            self._console.print(first + text, soft_wrap=True)
+            self._print([first + text])
             return
         below = Text(" " * (indent + (len(label) or hang)))
         text.expand_tabs(2)
         width = max(20, self._console.width - len(below))
-        for number, part in enumerate(text.wrap(self._console, width)):
+        parts = text.wrap(self._console, width)
+        for part in parts:
             part.rstrip()
-            self._console.print((below if number else first) + part, soft_wrap=True)
+        self._print([(below if number else first) + part for number, part in enumerate(parts)])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The lines of the block appear at once, so that a picture below them is drawn but once."""
+        self._held = held = list[Text]()
+        try:
+            yield
+        finally:
+            self._held = None
+        if held:
+            self._print(held)
 
     def fact(self, label: str, *pieces: str | tuple[str, str]) -> None:
         """Print a labelled value; labels stand in a column."""
@@ -80,9 +110,44 @@ class Output:
         self.line()
         self.line((text, "bold cyan"))
 
+    @contextmanager
+    def picture(self, draw: Callable[[], RenderableType]) -> Iterator[Callable[[Callable[[], None]], None]]:
+        """Keep what `draw` returns below all lines while the block runs; the last picture stays.
+
+        Yields a function to be called often: now and then it calls its argument, which prints what is new,
+        and renews the picture.  Where nothing is drawn it calls its argument each time.
+        """
+        if not self.draws:
+            yield lambda print_: print_()
+            return
+        due = 0.0
+
+        def renew(print_: Callable[[], None]) -> None:
+            nonlocal due
+            began = time.monotonic()
+            if began < due:
+                return
+            print_()
+            with suppress(KlpemuError):  # lists are being changed: the next picture will do
+                live.update(draw(), refresh=True)
+            took = time.monotonic() - began
+            due = began + max(PICTURE_SECONDS, PICTURE_SHARE * took)
+
+        with Live(
+            console=self._console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        ) as live:
+            yield renew
+            live.update(draw())
+
     def fault(self, fault: KlpemuError) -> None:
         """Print what stopped the guest to standard error: one line, its registers and last instructions."""
         print_error(fault)
+
+    def _print(self, texts: list[Text]) -> None:
+        if self._held is not None:
+            self._held += texts
+        else:
+            self._console.print(*texts, sep="\n", soft_wrap=True)
 
     def finish(self, payload: dict[str, Any]) -> None:
         """Print the JSON object of the verb, if that is what was asked for."""

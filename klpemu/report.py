@@ -1,4 +1,7 @@
-"""What steps, functions, traces and findings look like: as lines of text, and as parts of the JSON object."""
+"""What steps, functions, traces and findings look like: as lines of text, and as parts of the JSON object.
+
+What comes of tasks is in klpemu/task_report.py.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from klpemu.function_state import FunctionState
 from klpemu.output import Output
 from klpemu.scenario import Action
 from klpemu.step_runner import StepResult
+from klpemu.task_report import moment_object, print_in_the_way, task_object
 from patches.invariants.finding import Finding, Report
 
 __all__ = [
@@ -20,6 +24,7 @@ __all__ = [
     "fault_object",
     "print_findings",
     "print_function",
+    "print_outcome",
     "print_step",
     "print_trace",
     "print_verdict",
@@ -35,12 +40,18 @@ CODE_COLUMN = 27  # nine bytes of machine code
 
 def print_step(output: Output, result: StepResult) -> None:
     """One step with its log lines, the patched functions as they are now, and the checks."""
-    step = result.step
-    output.line((step.name, "bold"), _outcome(result), hang=4)
+    returned = f" = {_number(result.returned)}" if result.returned is not None else ""
+    output.line((result.step.name, "bold"), returned, hang=4)
     for line in result.log:
         output.line((line, "dim"), indent=2)
+    print_outcome(output, result)
+
+
+def print_outcome(output: Output, result: StepResult) -> None:
+    """What a step came to, behind what it has logged: functions, findings, checks."""
+    step = result.step
     if result.error:
-        output.line(("refused: ", "yellow"), result.error, indent=2)
+        output.line(("given up: " if result.in_the_way else "refused: ", "yellow"), result.error, indent=2)
     if result.trace is not None:
         output.line(*_route(result.trace), indent=2)
     if step.action not in (Action.CALL, Action.TRACE):
@@ -48,7 +59,10 @@ def print_step(output: Output, result: StepResult) -> None:
             output.line(function.place, "  ", _code(function.code), "  ", function.text, indent=2, hang=4)
     for name in result.not_loaded:
         output.line((f"object {name} is not loaded: nothing of it is patched yet", "yellow"), indent=2)
+    for finding in result.expected:
+        output.line(("expected: ", "yellow"), str(finding), indent=2)
     print_findings(output, result.report)
+    print_in_the_way(output, result.in_the_way)
     if result.report.holds:
         output.line((f"{result.report.total} checks hold", "green"), indent=2)
 
@@ -102,6 +116,7 @@ def verdict_object(reports: Sequence[Report]) -> dict[str, Any]:
 
 def step_object(result: StepResult) -> dict[str, Any]:
     """One step; keys that do not apply to it are null."""
+    picture = result.tasks
     return {
         "step": result.step.name,
         "action": result.step.action.value,
@@ -117,6 +132,14 @@ def step_object(result: StepResult) -> dict[str, Any]:
         "trace": trace_object(result.trace) if result.trace is not None else None,
         "error": result.error or None,
         "fault": fault_object(result.fault) if result.fault is not None else None,
+        "expected": [_finding_object(each) for each in result.expected],
+        "seconds": picture.seconds if picture is not None else None,
+        "transition": picture.transition or None if picture is not None else None,
+        "timeline": [moment_object(each) for each in result.timeline]
+        if result.timeline is not None
+        else None,
+        "tasks": [task_object(each, picture) for each in picture.states] if picture is not None else None,
+        "in_the_way": [task_object(each) for each in result.in_the_way],
     }
 
 
@@ -149,12 +172,6 @@ def fault_object(fault: KlpemuError) -> dict[str, Any]:
         "registers": {name: f"{value:#x}" for name, value in fault.registers.items()},
         "last": [line.strip() for line in fault.last],
     }
-
-
-def _outcome(result: StepResult) -> str:
-    if result.returned is not None:
-        return f" = {_number(result.returned)}"
-    return ""
 
 
 def _print_visit(output: Output, visit: Visit) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from klpemu.call_expression import CallExpression
 from patches.livepatch import Patch
 
-__all__ = ["Action", "Scenario", "Step"]
+__all__ = ["Action", "DeclaredTask", "Scenario", "Step"]
 
 
 class Action(enum.Enum):
@@ -22,29 +22,63 @@ class Action(enum.Enum):
     UNLOAD = "unload"
     ENABLE = "enable"
     DISABLE = "disable"
+    REVERSE = "reverse"
+    FORCE = "force"
     CALL = "call"
     TRACE = "trace"
+    SPAWN = "spawn"
+    RUN = "run"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredTask:
+    """A task, or `count` alike: what it does by itself, `repeat` times (None: for ever), and then it exits.
+
+    Without a `cpu` the vCPUs take turns.  It is there when the first step begins, unless `start` is False:
+    then a step spawns it.  `line` is where its program stands in its file, 0 if it comes from no file.
+    """
+
+    name: str
+    program: tuple[str, ...]
+    kthread: bool = False
+    cpu: int | None = None
+    repeat: int | None = 1
+    count: int = 1
+    start: bool = True
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation and what is expected of it; an expectation that is None or "" is not checked.
+    """One operation and what is expected of it; an expectation that is None, "" or empty is not checked.
 
-    `target` names a patch or a module, or is the file of a module to load.  `error` is an errno's name or a
-    part of the error's text; `log` is every line that the step logs; `through` are the functions that a
-    traced call passes, in order, and `executed` is its number of instructions.  A `stage` is a heading over
-    this and the following steps, `note` a line for the reader; `line` is where the step stands in its file, 0
-    if it comes from no file.
+    `target` names a patch, a module or a task, is the file of a module to load, or says how long to run or
+    what to wait for.  `msecs` of virtual time go by in a run; a wait gives up after so many, if it has any.
+
+    `error` is an errno's name or a part of the error's text; `log` is every line that the step logs;
+    `through` are the functions that a traced call passes, in order, and `executed` is its number of
+    instructions.  `transition` is the patch in transition after the step, "" for none.  `tasks` says how all
+    tasks of a name stand then (`klpemu.expectations`), `returned` what their last calls have returned.
+    `findings` are invariants that do not hold.
+
+    A `stage` is a heading over this and the following steps, `note` a line for the reader; `line` is where
+    the step stands in its file, 0 if it comes from no file.
     """
 
     action: Action
     target: str = ""
     call: CallExpression | None = None
+    msecs: int | None = None
     returns: int | None = None
     error: str = ""
     log: tuple[str, ...] | None = None
     through: tuple[str, ...] | None = None
     executed: int | None = None
+    transition: str | None = None
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    returned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
     stage: str = ""
     note: str = ""
     line: int = 0
@@ -57,17 +91,23 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A kernel, modules loaded at the start, the patches that steps can name, and the steps.
+    """A kernel, modules loaded at the start, the patches and tasks that steps can name, and the steps.
 
     `budget` is the number of instructions after which a guest call counts as endless, 0 for the default;
-    relative paths of modules that steps load begin at `base`.
+    relative paths of modules that steps load begin at `base`.  From the first step on `seed` or `schedule`
+    (task names, each with a number of instructions) decides who goes on; without them the vCPUs take turns.
     """
 
     path: str = ""
     title: str = ""
     kernel: Path | None = None
     modules: Sequence[Path] = ()
+    cpus: int = 1
+    full_preemption: bool = False
+    seed: int | None = None
+    schedule: Sequence[tuple[str, int]] = ()
     patches: Mapping[str, Patch] = field(default_factory=dict)
+    tasks: Mapping[str, DeclaredTask] = field(default_factory=dict)
     steps: Sequence[Step] = ()
     budget: int = 0
     base: Path | None = None

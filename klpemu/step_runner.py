@@ -5,18 +5,36 @@ from dataclasses import dataclass
 from typing import Final
 
 from elf.errors import KlpemuError
-from emu.errno import KernelErrno
 from emu.ftrace import FtraceBug
+from emu.hub import RunToCompletion
+from emu.schedules import Explicit, RoundRobin, Seeded
+from emu.task import Task
+from emu.timer import HZ
 from emu.traps import GuestFault
 from klpemu.call_trace import CallTrace, call_trace
+from klpemu.expectations import Expectations
 from klpemu.fixtures import locate, shown
 from klpemu.function_state import FunctionState, function_state, has_site, patched_functions
 from klpemu.kernel import Kernel
-from klpemu.scenario import Action, Scenario, Step
+from klpemu.scenario import Action, DeclaredTask, Scenario, Step
+from klpemu.task_table import TaskPicture, task_picture
+from klpemu.tasks import Deadlock, Stuck, TaskState, TransitionStuck
+from klpemu.timeline import Moment, Timeline
+from klpemu.watched_schedule import WatchedSchedule, is_settled
 from patches.invariants.finding import Finding, Report
 from patches.livepatch import VMLINUX
 
 __all__ = ["StepResult", "StepRunner"]
+
+SETTLING: Final = 60 * HZ  # virtual jiffies in which whatever the kernel is in the middle of must end
+
+# Steps that are about no function: only what has changed by the way is shown.
+_LETS_TIME_GO_BY: Final = (Action.SPAWN, Action.RUN, Action.WAIT)
+_STUCK: Final = {
+    Deadlock: "somebody_can_go_on",
+    TransitionStuck: "the_transition_ends",
+    Stuck: "kernel_work_ends",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +45,10 @@ class StepResult:
     `returned` is RAX after a call, `trace` the executed stream of a traced one, `error` an expected error
     that came, `fault` what stopped the guest without being expected: then no further step makes sense.
     `not_loaded` are the objects whose functions an enabled patch will replace once they are loaded.
+
+    In a scenario with tasks `timeline` is what happened during the step and `tasks` how all tasks stand now;
+    both are None in others.  `in_the_way` are the tasks because of which a step could not end, `expected`
+    the findings that it expects.
     """
 
     step: Step
@@ -38,62 +60,103 @@ class StepResult:
     error: str = ""
     fault: KlpemuError | None = None
     not_loaded: tuple[str, ...] = ()
+    timeline: tuple[Moment, ...] | None = None
+    tasks: TaskPicture | None = None
+    in_the_way: tuple[TaskState, ...] = ()
+    expected: tuple[Finding, ...] = ()
 
 
 class StepRunner:
-    """Boots the kernel of a scenario and performs steps on it, those of the scenario or others."""
+    """Boots the kernel of a scenario and performs steps on it, those of the scenario or others.
+
+    In a scenario with tasks `timeline` follows what happens, and `watch` is called again and again while
+    steps are performed, never in the middle of a service.
+    """
 
     def __init__(self, scenario: Scenario, *, att: bool = False) -> None:
         self.scenario = scenario
-        self.kernel = Kernel.load(scenario.kernel)
+        self.kernel = Kernel.load(scenario.kernel, cpus=scenario.cpus, observe=bool(scenario.tasks))
+        self.timeline: Timeline | None = None
+        self.watch: Callable[[], None] = lambda: None
         self._att = att
         # The functions that were ever patched: their sites are shown to the end.
         self._patched: dict[str, None] = {}
+        self._functions_before: dict[str, FunctionState] = {}
         self._names: dict[str, str] = {}
+        self._failed: set[Task] = set()
         self._budget = scenario.budget or self.kernel.machine.hub.instruction_budget
         for module in scenario.modules:
             self.kernel.load_module(module)
+        if scenario.tasks:
+            self.timeline = Timeline(self.kernel.machine)
+            for task in scenario.tasks.values():
+                if task.start:
+                    self._start(task)
+        self._let_decide()
 
     def boot(self) -> StepResult:
         """Verify the kernel before anything is done to it."""
         step = Step(Action.BOOT)
-        return StepResult(step, self.kernel.verify(step.name), tuple(self.kernel.log))
+        report = self.kernel.verify(step.name)
+        return StepResult(
+            step, report, tuple(self.kernel.log), timeline=self._moments(0), tasks=self._tasks()
+        )
 
     def perform(self, step: Step) -> StepResult:
         """Perform a step and verify; an error that it does not expect is raised, a guest's failure is not."""
         logged = len(self.kernel.log)
+        moments = len(self.timeline.moments) if self.timeline is not None else 0
         error: KlpemuError | None = None
-        fault: KlpemuError | None = None
         returned: int | None = None
         trace: CallTrace | None = None
         try:
             if step.call is not None:
                 returned, trace = self._call(step)
             else:
-                self._operations[step.action](self, step.target)
+                self._operations[step.action](self, step)
         except KlpemuError as caught:
             error = caught
-        if error is not None and not step.error:
-            if not isinstance(error, GuestFault | FtraceBug):
-                raise self._placed(step, error)
-            fault = error
+        try:
+            self._settle()
+        except KlpemuError as caught:
+            error = error or caught
+        expectations = Expectations(step)
+        fault = self._judge(step, error, expectations)
         log = tuple(self.kernel.log[logged:])
-        expectations = _Expectations(step)
-        if fault is not None:
-            expectations.fails("the_guest_goes_on", fault.what)
         expectations.compare(error, log, returned, trace)
-        report = Report.merged([self.kernel.verify(step.name), expectations.report()], step.name)
+        tasks = self._tasks()
+        if self.timeline is not None and tasks is not None:
+            expectations.compare_tasks(tasks.transition, tasks.states, self.timeline.returned())
+        found, expected = expectations.expected_findings(self.kernel.verify(step.name))
         return StepResult(
             step,
-            report,
+            Report.merged([found, expectations.report()], step.name),
             log,
             self._functions(step),
             returned,
             trace,
-            shown(error) if error is not None and fault is None else "",
+            shown(error) if error is not None and step.error else "",
             fault,
             self._not_loaded() if step.action is Action.ENABLE else (),
+            self._moments(moments),
+            tasks,
+            error.tasks if isinstance(error, Stuck) else (),
+            expected,
         )
+
+    def _judge(self, step: Step, error: KlpemuError | None, expectations: Expectations) -> KlpemuError | None:
+        """What stopped the guest without being expected; raises what is no finding at all."""
+        whose = self._whose()
+        if error is None or step.error:
+            return None
+        if isinstance(error, Stuck):
+            expectations.fails(_STUCK[type(error)], str(error))
+            return error if isinstance(error, Deadlock) else None
+        if isinstance(error, GuestFault | FtraceBug):
+            expectations.fails("the_guest_goes_on", whose + error.what)
+        else:
+            raise self._placed(step, error)
+        return error
 
     def _call(self, step: Step) -> tuple[int, CallTrace | None]:
         assert step.call is not None
@@ -104,28 +167,112 @@ class StepRunner:
             return trace.returned, trace
         return kernel.call(step.call.function, *values), None
 
-    def _load(self, name: str) -> None:
-        self.kernel.load_module(locate(name, self.scenario.base))
+    def _load(self, step: Step) -> None:
+        self.kernel.load_module(locate(step.target, self.scenario.base))
 
-    def _unload(self, name: str) -> None:
-        self.kernel.unload_module(name)
+    def _unload(self, step: Step) -> None:
+        self.kernel.unload_module(step.target)
 
-    def _enable(self, name: str) -> None:
-        patch = self.scenario.patches[name]
+    def _enable(self, step: Step) -> None:
+        patch = self.scenario.patches[step.target]
         if patch.objects or patch.code is None:
             self.kernel.enable(patch)
         else:  # a livepatch module declares its functions itself, and its modinfo may name it otherwise
-            self._names[name] = self.kernel.insmod(patch.code)
+            self._names[step.target] = self.kernel.insmod(patch.code)
 
-    def _disable(self, name: str) -> None:
-        self.kernel.disable(self._names.get(name, name))
+    def _disable(self, step: Step) -> None:
+        self.kernel.disable(self._names.get(step.target, step.target))
 
-    _operations: Final[dict[Action, Callable[["StepRunner", str], None]]] = {
+    def _reverse(self, step: Step) -> None:
+        self.kernel.reverse(self._names.get(step.target, step.target))
+
+    def _force(self, step: Step) -> None:
+        self.kernel.force(self._names.get(step.target, step.target))
+
+    def _spawn(self, step: Step) -> None:
+        self._start(self.scenario.tasks[step.target])
+
+    def _run(self, step: Step) -> None:
+        assert step.msecs is not None
+        self.kernel.tasks.run(step.msecs)
+
+    def _wait(self, step: Step) -> None:
+        self.kernel.tasks.wait_for_transition(within=step.msecs)
+
+    _operations: Final[dict[Action, Callable[["StepRunner", Step], None]]] = {
         Action.LOAD: _load,
         Action.UNLOAD: _unload,
         Action.ENABLE: _enable,
         Action.DISABLE: _disable,
+        Action.REVERSE: _reverse,
+        Action.FORCE: _force,
+        Action.SPAWN: _spawn,
+        Action.RUN: _run,
+        Action.WAIT: _wait,
     }
+
+    # Tasks.
+
+    def _start(self, task: DeclaredTask) -> None:
+        for _ in range(1):
+            try:
+                self.kernel.tasks.spawn(
+                    task.name, task.program, kthread=task.kthread, cpu=task.cpu, repeat=task.repeat
+                )
+            except KlpemuError as error:
+                place = f"{self.scenario.path}:{task.line}: " if task.line else ""
+                raise KlpemuError(str(error), where=f"{place}task '{task.name}'") from error
+
+    def _let_decide(self) -> None:
+        """Put the scenario's schedule in place, and the watch over it."""
+        hub, scenario = self.kernel.machine.hub, self.scenario
+        self.kernel.machine.sched.full_preemption = scenario.full_preemption
+        if scenario.seed is not None:
+            hub.schedule = Seeded(scenario.seed)
+        elif scenario.schedule:
+            hub.schedule = Explicit(scenario.schedule)
+        elif scenario.tasks and isinstance(hub.schedule, RunToCompletion):
+            hub.schedule = RoundRobin()
+        if scenario.tasks:
+            hub.schedule = WatchedSchedule(hub.schedule, self._watched)
+
+    def _settle(self) -> None:
+        """What somebody is in the middle of changing cannot be judged: let them come to an end."""
+        if self.timeline is None:
+            return
+        machine = self.kernel.machine
+        if not machine.run(lambda: is_settled(machine), SETTLING):
+            at_work = [task for task in machine.tasks if task.activities and task.program is None]
+            names = ", ".join(task.name for task in at_work)
+            states = [self.kernel.tasks.state_of(task) for task in at_work]
+            raise Stuck(
+                f"no end of what {names or 'the kernel'} does in {SETTLING // HZ} virtual seconds", states
+            )
+        self._watched()
+
+    def _watched(self) -> None:
+        if self.timeline is not None:
+            self.timeline.look()
+            self.watch()
+
+    def _moments(self, count: int) -> tuple[Moment, ...] | None:
+        return None if self.timeline is None else tuple(self.timeline.since(count))
+
+    def _tasks(self) -> TaskPicture | None:
+        return None if self.timeline is None else task_picture(self.kernel, self.timeline)
+
+    def _whose(self) -> str:
+        """The task whose program has failed since the last step: what a step calls itself is nobody's."""
+        machine = self.kernel.machine
+        new = [
+            task
+            for task in machine.tasks
+            if task.program is not None and not task.activities and not task.dead and task not in self._failed
+        ]
+        self._failed.update(new)
+        return "".join(f"{task.name}:{machine.pid_of(task)}: " for task in new)
+
+    # What is shown.
 
     def _functions(self, step: Step) -> tuple[FunctionState, ...]:
         self._patched.update(dict.fromkeys(patched_functions(self.kernel)))
@@ -133,10 +280,16 @@ class StepRunner:
             return ()
         names = list(self._patched)
         if step.action is Action.TRACE and step.call is not None:
-            names = [step.call.function] if _stands(self.kernel, step.call.function) else []
-        return tuple(
-            function_state(self.kernel, name, att=self._att) for name in names if _stands(self.kernel, name)
-        )
+            names = [step.call.function]
+        states = {
+            name: function_state(self.kernel, name, att=self._att)
+            for name in names
+            if _stands(self.kernel, name)
+        }
+        before, self._functions_before = self._functions_before, self._functions_before | states
+        if step.action in _LETS_TIME_GO_BY:
+            return tuple(state for name, state in states.items() if before.get(name) != state)
+        return tuple(states.values())
 
     def _not_loaded(self) -> tuple[str, ...]:
         objects = [name for each in self.kernel.enabled for name in each.patch.objects]
@@ -147,60 +300,6 @@ class StepRunner:
         """The error with the step, and the place in the scenario file if the step comes from one."""
         place = f"{self.scenario.path}:{step.line}: {step.name}" if step.line else step.name
         return KlpemuError(str(error), where=place)
-
-
-class _Expectations:
-    """Compares what a step did with what its scenario says; each comparison counts as a check."""
-
-    def __init__(self, step: Step) -> None:
-        self._step = step
-        self._checks: dict[str, int] = {}
-        self._findings: list[Finding] = []
-
-    def fails(self, invariant: str, what: str) -> None:
-        self._findings.append(Finding(invariant, what, step=self._step.name))
-
-    def compare(
-        self, error: KlpemuError | None, log: tuple[str, ...], returned: int | None, trace: CallTrace | None
-    ) -> None:
-        step = self._step
-        if step.error:
-            found = "nothing failed" if error is None else shown(error)
-            self._check("error_is_the_expected_one", _is_expected(error, step.error), found, step.error)
-        if step.log is not None:
-            self._check("log_is_the_expected_one", step.log == log, list(log), list(step.log))
-        if error is not None:
-            return
-        if step.returns is not None and returned is not None:
-            same = (step.returns - returned) % (1 << 64) == 0
-            self._check("call_returns_the_expected_value", same, f"{returned} ({returned:#x})", step.returns)
-        if step.through is not None and trace is not None:
-            self._check(
-                "call_passes_the_expected_functions",
-                step.through == trace.functions,
-                list(trace.functions),
-                list(step.through),
-            )
-        if step.executed is not None and trace is not None:
-            executed = len(trace.instructions)
-            self._check("call_executes_as_many", step.executed == executed, executed, step.executed)
-
-    def report(self) -> Report:
-        return Report(self._step.name, self._checks, tuple(self._findings))
-
-    def _check(self, invariant: str, holds: bool, found: object, expected: object) -> None:
-        if holds:
-            self._checks[invariant] = self._checks.get(invariant, 0) + 1
-        else:
-            self.fails(invariant, f"found {found}, expected {expected}")
-
-
-def _is_expected(error: KlpemuError | None, wanted: str) -> bool:
-    if error is None:
-        return False
-    return (isinstance(error, KernelErrno) and error.name == wanted) or (
-        wanted in str(error) and not wanted.isupper()
-    )
 
 
 def _stands(kernel: Kernel, function: str) -> bool:

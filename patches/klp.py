@@ -28,7 +28,7 @@ class Klp:
     klp_signals_cnt: GuestVariable = field(init=False)
     freed: Callable[[Any], None] = field(default=lambda patch: None)
     why_not: dict[int, str] = field(default_factory=dict)
-    # By id of shadow variables, the modules that have allocated or freed any.
+    # By id of shadow variables, the livepatch modules that have allocated or freed any.
     shadow_users: dict[int, set[str]] = field(default_factory=dict)
     # old_func to the address of its klp_ops: a guess, checked in guest memory before it is used.
     ops_hints: dict[int, int] = field(default_factory=dict)

@@ -32,6 +32,7 @@ from elf.relocation import (
 )
 from elf.section import Section
 from emu.errno import KernelErrno
+from emu.kallsyms import Kallsyms
 from emu.memory import WritableMemory
 from emu.mutex import mutex_held
 from emu.placement import Placement
@@ -51,6 +52,7 @@ __all__ = [
     "overflow",
     "overflows",
     "relocate_entries",
+    "resolve_symbol",
     "text_mutex_held",
 ]
 
@@ -111,18 +113,26 @@ def klp_resolve_symbols(klp: Klp, pmod: PatchModule, rela: Section, sec_objname:
     """Find the address of each symbol that a section's relocations refer to."""
     for each in klp_relocations(pmod.placement.image, rela):
         try:
-            symbol = each.name
-            if sec_objname != VMLINUX and symbol.objname == VMLINUX:
-                raise SymbolError(
-                    f"invalid access to vmlinux symbol '{symbol.name}' from module-specific livepatch "
-                    "relocation section",
-                    advice=f"it belongs into .klp.rela.{VMLINUX}.*, or is exported and needs none",
-                )
-            objname = "" if symbol.objname == VMLINUX else symbol.objname
-            address = klp.machine.kallsyms.address_of(symbol.name, objname, symbol.sympos)
+            address = resolve_symbol(klp.machine.kallsyms, each, sec_objname)
         except (ElfError, SymbolError) as error:
             raise _refused(klp, error) from error
         pmod.placement.klp.symbol_values[each.symbol.index] = address
+
+
+def resolve_symbol(kallsyms: Kallsyms, relocation: KlpRelocation, sec_objname: str) -> int:
+    """Guest virtual address of the symbol that a klp relocation of a section for `sec_objname` refers to.
+
+    ElfError or SymbolError, with the kernel's message, if there is none or it must not be referred to.
+    """
+    symbol = relocation.name
+    if sec_objname != VMLINUX and symbol.objname == VMLINUX:
+        raise SymbolError(
+            f"invalid access to vmlinux symbol '{symbol.name}' from module-specific livepatch "
+            "relocation section",
+            advice=f"it belongs into .klp.rela.{VMLINUX}.*, or is exported and needs none",
+        )
+    module = "" if symbol.objname == VMLINUX else symbol.objname
+    return kallsyms.address_of(symbol.name, module, symbol.sympos)
 
 
 def apply_relocate_add(klp: Klp, pmod: PatchModule, rela: Section) -> None:

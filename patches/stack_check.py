@@ -18,7 +18,7 @@ from patches import patch
 from patches.handler import KLP_UNPATCHED
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
 
-__all__ = ["CheckedFunction", "StackCheck", "stack_of"]
+__all__ = ["CheckedFunction", "StackCheck", "checked_function", "stack_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class StackCheck:
 
     def __init__(self, klp: Klp) -> None:
         self.functions = [
-            _checked_function(klp, func)
+            checked_function(klp, func)
             for obj in klp_for_each_object(klp.transition_patch)
             if obj.patched
             for func in klp_for_each_func(obj)
@@ -67,7 +67,8 @@ def stack_of(klp: Klp, task: Task) -> StackTrace:
     return machine.unwinder.walk_task(task.struct)
 
 
-def _checked_function(klp: Klp, func: Any) -> CheckedFunction:
+def checked_function(klp: Klp, func: Any) -> CheckedFunction:
+    """What must not be on a stack for one func of the patch in transition (klp_check_stack_func())."""
     name = klp.string(func.old_name)
     if klp.klp_target_state.get() == KLP_UNPATCHED:
         return CheckedFunction(func.new_func, func.new_func + func.new_size, name)

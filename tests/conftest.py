@@ -1,14 +1,45 @@
-"""What all tests share: the stock kernel, or the reason for its absence, and the built fixtures."""
+"""What all tests share: the stock kernel, or the reason for its absence, and the built fixtures.
+
+Also the unwinder's points, which are counted over all tests and printed at the end.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from preemption import UnwinderPoints
 
 from klpemu import stock_kernel as stock
 from klpemu.stock_kernel import StockKernel
 
 TESTS = Path(__file__).resolve().parent
+POINTS = pytest.StashKey[UnwinderPoints]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[POINTS] = UnwinderPoints()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that prints."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["unwinder points"] = session.config.stash[POINTS].counts()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A worker has come to its end; one that crashed has handed over nothing."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[POINTS].update(output.get("unwinder points", []))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line that no option hides: how many stacks were walked, and how many of them were unreliable."""
+    points = terminalreporter.config.stash[POINTS]
+    if points.walked:
+        terminalreporter.write_line(points.line())
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
@@ -27,6 +58,12 @@ def stock_kernel() -> StockKernel:
     kernel = stock.find()
     assert kernel is not None, "a test that uses stock_kernel must be marked real"
     return kernel
+
+
+@pytest.fixture(scope="session")
+def points(pytestconfig: pytest.Config) -> UnwinderPoints:
+    """Where tests count the stacks that they compare with the truth."""
+    return pytestconfig.stash[POINTS]
 
 
 @pytest.fixture(scope="session")

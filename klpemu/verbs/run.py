@@ -7,8 +7,9 @@ import click
 
 from klpemu.fixtures import locate, shown
 from klpemu.output import Output
-from klpemu.report import FINDINGS, print_step, print_verdict, step_object, verdict_object
+from klpemu.report import FINDINGS, print_verdict, step_object, verdict_object
 from klpemu.scenario import Scenario
+from klpemu.scenario_display import ScenarioDisplay
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepResult, StepRunner
 from klpemu.verbs.options import att_option, output_options
@@ -53,23 +54,17 @@ def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> No
 
 
 def _perform(scenario: Scenario, output: Output, *, att: bool) -> list[StepResult]:
-    runner = StepRunner(scenario, att=att)
+    display = ScenarioDisplay(output, StepRunner(scenario, att=att))
     if scenario.title:
         output.line((scenario.title, "bold"), hang=0)
-    results = [runner.boot()]
-    print_step(output, results[0])
+    results = [display.boot()]
     for step in scenario.steps:
-        result = runner.perform(step)
+        result = display.perform(step)
         results.append(result)
-        if step.stage:
-            output.heading(step.stage)
-        if step.note:
-            output.line(step.note, hang=0)
-        print_step(output, result)
         if result.fault is not None:
             output.fault(result.fault)
             break
     left = len(scenario.steps) + 1 - len(results)
     if left:
-        output.line((f"{left} steps left out", "yellow"))
+        output.line((f"{left} step{'s' if left > 1 else ''} left out", "yellow"))
     return results

@@ -139,31 +139,32 @@ class Consistency:
                 self._findings.append(Finding(LEFT, text, activation.function))
 
     def _versions_of(self, patch: int) -> Versions:
-        """What guest memory says the patch changes, at the moment its transition begins."""
+        """What guest memory says the patch changes, at the moment its transition begins.
+
+        Everything below on a func_stack is old: nobody may be in the middle of any of it.
+        """
         guest = self._view("klp_patch", patch)
         found: dict[int, int] = {}
         for obj in list_for_each_entry(guest.obj_list, "klp_object", "node"):
             for func in list_for_each_entry(obj.func_list, "klp_func", "node"):
                 if not func.old_func:
                     continue
-                below = self._below(func)
-                old = func.old_func if below is None or below.nop else below.new_func
+                old = [func.old_func if each.nop else each.new_func for each in self._below(func)]
+                old.append(func.old_func)
                 new = func.old_func if func.nop else func.new_func
-                if old != new:
-                    found |= {old: UNPATCHED, new: PATCHED}
+                if old[0] != new:
+                    found |= {**dict.fromkeys(old, UNPATCHED), new: PATCHED}
         name: bytes = guest.follow_("mod").name
         return Versions(name.split(b"\0")[0].decode("ascii", "backslashreplace"), found)
 
-    def _below(self, func: Any) -> Any:
-        """The func that is, or will be, below this one on the func_stack; None for the original."""
+    def _below(self, func: Any) -> list[Any]:
+        """The funcs that are, or will be, below this one on the func_stack, newest first."""
         head = self._view("list_head", self._machine.symbol("klp_ops"))
         for ops in list_for_each_entry(head, "klp_ops", "node"):
             stack = list(list_for_each_entry(ops.func_stack, "klp_func", "stack_node"))
             if stack and stack[0].old_func == func.old_func:
-                if func in stack:
-                    stack = stack[stack.index(func) + 1 :]
-                return stack[0] if stack else None
-        return None
+                return stack[stack.index(func) + 1 :] if func in stack else stack
+        return []
 
     def _reachable(self, task: Task) -> list[int]:
         """The addresses at which a task executes, or will when something returns."""

@@ -1,14 +1,14 @@
 """What the invariants judge: memory to be read, the files' text, and the patches as declared."""
 
 import bisect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from emu.kallsyms import Kallsyms
 from emu.memory import Memory, read_u64
-from emu.module import Text
+from emu.module import LoadedObject, Text
 from emu.slab import Slab
 from emu.stream import Stream
 from emu.view import Layouts
@@ -41,6 +41,8 @@ class Subject:
     is); without it (a dump, say) streams are not checked.
     `remaining` are the allocations, address and tag, that exist beyond those of the kernel, its modules and
     its enabled patches.
+    `shadow_users` are the livepatch modules that have allocated or freed shadow variables, by these' id.
+    `livepatches` are the modules of the enabled patches.
     """
 
     memory: Memory
@@ -54,6 +56,8 @@ class Subject:
     execute: Callable[..., Stream] | None = None
     slab: Slab | None = None
     remaining: Sequence[tuple[int, str]] = ()
+    shadow_users: Mapping[int, Set[str]] = field(default_factory=dict)
+    livepatches: Sequence[LoadedObject] = ()
 
     @cached_property
     def ftrace(self) -> FtraceState:

@@ -7,7 +7,9 @@ from elf.errors import KlpemuError
 from emu.memory import MemoryFault
 from patches.invariants.finding import Finding, Report
 from patches.invariants.lists import func_stacks_hold_the_patches, lists_are_well_formed, patches_are_listed
+from patches.invariants.relocations import klp_relocations_are_right
 from patches.invariants.remains import heap_is_intact, nothing_remains, tasks_are_settled
+from patches.invariants.shadow import no_shadow_variable_remains, shadow_variables_are_hashed
 from patches.invariants.streams import calls_reach_the_expected_function
 from patches.invariants.subject import Subject
 from patches.invariants.text import records_match_ops, text_matches_records, trampolines_are_copies
@@ -21,6 +23,7 @@ INVARIANTS: tuple[Invariant, ...] = (
     text_matches_records,
     records_match_ops,
     trampolines_are_copies,
+    klp_relocations_are_right,
     calls_reach_the_expected_function,
     lists_are_well_formed,
     patches_are_listed,
@@ -28,6 +31,8 @@ INVARIANTS: tuple[Invariant, ...] = (
     tasks_are_settled,
     heap_is_intact,
     nothing_remains,
+    shadow_variables_are_hashed,
+    no_shadow_variable_remains,
 )
 
 

@@ -16,17 +16,17 @@ __all__ = ["replaced"]
 
 
 @contextmanager
-def replaced(module: ModuleType, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Have `by` in the place of the function `module.name` until the block ends.
+def replaced(owner: ModuleType | type, name: str, by: Callable[..., Any]) -> Iterator[None]:
+    """Have `by` in the place of the function `owner.name` until the block ends; of a class, of that method.
 
-    Whoever calls it as `module.name`, and whoever calls it inside that module, gets the replacement; a name
+    Whoever calls it as `owner.name`, and whoever calls it inside that module, gets the replacement; a name
     bound by `from module import name` stays what it was.  Raises KlpemuError if there is no such function.
     """
-    original = getattr(module, name, None)
+    original = vars(owner).get(name)
     if not callable(original):
-        raise KlpemuError(f"no function '{name}' to replace", where=module.__name__)
-    setattr(module, name, by)
+        raise KlpemuError(f"no function '{name}' to replace", where=owner.__name__)
+    setattr(owner, name, by)
     try:
         yield
     finally:
-        setattr(module, name, original)
+        setattr(owner, name, original)

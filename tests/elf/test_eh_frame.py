@@ -59,6 +59,64 @@ def test_a_truncated_table_is_refused(length: int) -> None:
         read_eh_frame(data, 0)
 
 
+# A common entry (version 1, "zR", code 1, data -8, column 16, absolute addresses) that says what is so at
+# every function's entry: DW_CFA_def_cfa rsp 8, DW_CFA_offset r16 at -8.
+CIE = bytes.fromhex("14000000 00000000 01 7a5200 01 78 10 01 00 0c0708 9001 0000")
+
+
+def frames(program: str) -> CallFrames:
+    """A function of 16 bytes at 0x1000 with these call frame instructions."""
+    body = (0x1000).to_bytes(8, "little") + (16).to_bytes(8, "little") + b"\0" + bytes.fromhex(program)
+    length = (4 + len(body)).to_bytes(4, "little")
+    return read_eh_frame(CIE + length + (len(CIE) + 4).to_bytes(4, "little") + body, 0)
+
+
+def test_a_function_that_changes_nothing_has_the_row_of_its_entry() -> None:
+    row = frames("").row_at(0x1000)
+    assert row is not None
+    assert (row.base.value, row.offset, row.bp_offset) == ("rsp", 8, None)
+
+
+@pytest.mark.parametrize(
+    ("program", "what"),
+    [
+        ("0f 02 77 08", "the frame is an expression"),
+        ("0f 02 77 08 0e 10", "an offset for a frame that is an expression"),
+        ("0f 02 77 08 0d 06", "a register for a frame that is an expression"),
+        ("0d 0a", "the frame is counted from r10"),
+        ("16 06 02 77 08", "rbp is an expression"),
+        ("10 10 02 77 08", "the return address is an expression"),
+        ("07 10", "there is no return address"),
+        ("90 02", "the return address is not where a call puts it"),
+    ],
+)
+def test_what_is_not_understood_has_no_row_from_there_on(program: str, what: str) -> None:
+    """DWARF 5, 6.4.2: def_cfa_register and def_cfa_offset need a rule with a register and an offset."""
+    found = frames(f"41 {program}")  # one byte further
+    assert found.row_at(0x1000) is not None
+    assert found.row_at(0x1001) is None, what
+    assert found.row_at(0x100F) is None, what
+
+
+def test_a_remembered_row_is_there_again() -> None:
+    found = frames("0a 41 07 10 41 0b")
+    assert [found.row_at(0x1000 + at) is not None for at in range(3)] == [True, False, True]
+
+
+def test_a_return_address_in_another_column_is_refused() -> None:
+    data = bytearray(CIE)
+    data[14] = 15
+    with pytest.raises(ElfError, match="column 15"):
+        read_eh_frame(bytes(data), 0)
+
+
+def test_the_frame_of_a_signal_is_refused() -> None:
+    data = bytearray(CIE)
+    data[10:11] = b"S"
+    with pytest.raises(ElfError, match="augmentation"):
+        read_eh_frame(bytes(data), 0)
+
+
 def interpreted(text: str) -> list[tuple[int, str, int, int | None]]:
     """Address, base, offset and place of rbp of every row in what readelf prints."""
     rows, columns, in_fde = [], list[str](), False

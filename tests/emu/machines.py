@@ -9,10 +9,15 @@ from typing import Any
 from elf.image import Image
 from emu.assembly import Code
 from emu.cpu import VCpu
+from emu.fork import THREAD_SIZE, new_task
 from emu.ftrace import FtraceOpsFl
 from emu.machine import Machine
+from emu.memory import read_u32, read_u64
+from emu.program import Operation, TaskProgram, start
+from emu.schedules import Seeded
 from emu.task import Task
-from emu.view import Layouts
+from emu.thread_info import TASK_RUNNING
+from emu.view import Layouts, list_for_each_entry
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "build"
 # What a real kernel did; where it comes from is said inside.
@@ -146,3 +151,89 @@ def ftrace_world(machine: Machine) -> tuple[object, ...]:
     records = [(record.ip, record.flags) for record in machine.ftrace.records]
     listed = [(ops.address_, ops.next, ops.func, ops.trampoline) for ops in machine.ftrace.each_ops()]
     return text, variables, records, listed, dict(machine.slab.live), dict(machine.area.live)
+
+
+def call(machine: Machine, function: str, *arguments: int) -> Operation:
+    """The step of a program that calls a guest function, or the stub of an export."""
+    text = f"{function}({', '.join(map(str, arguments))})"
+    return Operation(text, "call", machine.symbol(function), arguments)
+
+
+def step(verb: str, msecs: int = 0) -> Operation:
+    """Any other step of a program: sleep, user, pause, yield, fork, exit."""
+    return Operation(f"{verb}({msecs})", verb, msecs=msecs)
+
+
+def spawn(
+    machine: Machine,
+    name: str,
+    *operations: Operation,
+    cpu: int = 0,
+    kthread: bool = False,
+    repeat: int | None = 1,
+) -> Task:
+    """A task that runs a program and exits."""
+    task = new_task(machine, name, machine.cpus[cpu], kthread=kthread)
+    start(machine, task, TaskProgram(machine, operations, repeat=repeat))
+    return task
+
+
+def is_gone(machine: Machine, task: Task) -> bool:
+    """The task has exited, and its stack and struct are freed."""
+    return machine.by_struct.get(task.struct) is not task
+
+
+def run_to_the_end(machine: Machine, *tasks: Task, jiffies: int = 50_000) -> None:
+    """Let the machine go on until the tasks have exited."""
+    assert machine.run(lambda: all(is_gone(machine, task) for task in tasks), jiffies)
+
+
+def results(task: Task) -> list[int]:
+    """What the calls of a task's program have returned so far."""
+    return [value for _, value in task.program.results]
+
+
+def struct_of(machine: Machine, task: Task) -> Any:
+    """The task_struct of a task, looked at without doors and events."""
+    return machine.layouts.view("task_struct", machine.space, task.struct)
+
+
+def assert_consistent(machine: Machine) -> None:
+    """What guest memory says of tasks and vCPUs is what the scheduler does with them."""
+    for rq in machine.sched.runqueues:
+        base, symbols = rq.cpu.gs_base, machine.vmlinux.symbols
+        assert read_u64(machine.space, base + symbols["current_task"]) == rq.curr.struct
+        assert read_u64(machine.space, base + symbols["cpu_current_top_of_stack"]) == rq.curr.stack_top
+        assert len(set(rq.queue)) == len(rq.queue)
+        assert rq.idle not in rq.queue
+    idle = [rq.idle for rq in machine.sched.runqueues]
+    for task in (*machine.tasks, *idle):
+        struct, rq = struct_of(machine, task), machine.sched.rq_of(task)
+        state, where = struct.__state, (task.name, task)
+        assert struct.on_cpu == (rq.curr is task), where
+        assert task.queued == (task in rq.queue), where
+        assert not (task.running and task.queued), where
+        assert not task.running or rq.curr is task, where
+        assert struct.stack + THREAD_SIZE == task.stack_top, where
+        assert struct.thread_info.cpu == rq.cpu.number, where
+        if not task.running:
+            assert struct.stack < struct.thread.sp < task.stack_top, where
+        if not task.idle:
+            assert struct.on_rq == (task.running or task.queued), where
+            assert struct.on_rq or state != TASK_RUNNING, where
+    if read_u32(machine.space, machine.symbol("tasklist_lock")):
+        return
+    listed = list_for_each_entry(struct_of(machine, idle[0]).tasks, "task_struct", "tasks")
+    assert [each.address_ for each in listed] == [task.struct for task in machine.tasks]
+
+
+class Checked(Seeded):
+    """A seeded schedule that looks at the whole machine at every pick."""
+
+    def __init__(self, machine: Machine, seed: int) -> None:
+        super().__init__(seed)
+        self._machine = machine
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        assert_consistent(self._machine)
+        return super().pick(tasks, finishing)

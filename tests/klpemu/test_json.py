@@ -31,6 +31,28 @@ FUNCTION: Form = {
     "func_stack": [str],
     "enabled_functions": (str, None),
 }
+MOMENT: Form = {
+    "seconds": float,
+    "kind": str,
+    "text": str,
+    "task": (str, None),
+    "version": (str, None),
+    "how": (str, None),
+}
+TASK: Form = {
+    "name": str,
+    "pid": int,
+    "cpu": int,
+    "kind": str,
+    "state": str,
+    "version": (str, None),
+    "pending": bool,
+    "doing": (str, None),
+    "stack": [str],
+    "why": (str, None),
+    "how": (str, None),
+    "returned": [{"call": str, "returned": int}],
+}
 STEP: Form = {
     "step": str,
     "action": str,
@@ -46,6 +68,12 @@ STEP: Form = {
     "trace": (TRACE, None),
     "error": (str, None),
     "fault": (FAULT, None),
+    "expected": [FINDING],
+    "seconds": (float, None),
+    "transition": (str, None),
+    "timeline": ([MOMENT], None),
+    "tasks": ([TASK], None),
+    "in_the_way": [TASK],
 }
 SITE: Form = {
     "place": str,
@@ -93,6 +121,7 @@ def misfits(value: Any, form: Any, path: str = "") -> list[str]:
     [
         ["demo"],
         ["run", "builtin:demo.toml", "builtin:refused.toml"],
+        ["run", "builtin:force.toml", "builtin:stuck.toml", "builtin:deadlock.toml"],
         ["verify", FIX_AREA, "--call", "area_of(3, 4)=13"],
         ["verify", FIX_AREA, "--call", "jump_nowhere()"],
         ["trace", "--patch", FIX_AREA, "area_of", "3", "4"],

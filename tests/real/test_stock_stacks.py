@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+from preemption import Preemption, UnwinderPoints
 from shadow_stack import execute_with_shadow
 
-from klpemu import Kernel
+from klpemu import Func, Kernel, Patch
 from klpemu.stock_kernel import StockKernel
 
 POINTS = 2500
@@ -52,3 +53,52 @@ def test_every_frame_in_a_stock_module_is_found(
     record_property("unreliable", unreliable)
     assert unreliable == 0
     assert points > 400
+
+
+PREEMPTED = {
+    "libarc4": ["arc4_crypt"],
+    "libdes": ["des_expand_key"],
+    "libpoly1305": ["poly1305_core_blocks"],
+    "libcurve25519-generic": ["curve25519_generic"],
+    "crct10dif_common": ["crc_t10dif_generic"],
+    "cordic": ["cordic_calc_iq"],
+    "chacha-x86_64": ["chacha_block_xor_ssse3", "chacha_4block_xor_ssse3"],
+}
+
+
+@pytest.mark.parametrize("module", PREEMPTED)
+def test_a_task_preempted_in_a_stock_module_is_walked_right(
+    stock_kernel: StockKernel, points: UnwinderPoints, module: str
+) -> None:
+    """At random instructions, from thread.sp; below a patched caller, too."""
+    kernel = Kernel.load()
+    machine = kernel.machine
+    machine.modules.missing = lambda symbol, name: machine.symbol("klpemu_return")
+    kernel.load_module(stock_kernel.module(module))
+    kernel.enable(
+        Patch("fix_all", {"vmlinux": [Func("call_pointer", "fixed_call_pointer")]}, "builtin:fix_all.o")
+    )
+    room = machine.slab.kzalloc(ROOM, "arguments")
+    preemption = Preemption(machine, points, module, modules="stock modules")
+    random = preemption.random
+    # Curve25519 is one long block of code, which costs a millisecond an instruction to step through.
+    enough = 200 if module == "libcurve25519-generic" else 450
+    while preemption.total < enough:
+        function = random.choice(PREEMPTED[module])
+        size = random.randint(1, 500)
+        arguments = {
+            "arc4_crypt": (room, room + 4096, room + 8192, size),
+            "des_expand_key": (room, room + 4096, 8),
+            "poly1305_core_blocks": (room, room + 4096, room + 8192, size % 9 + 1, 1),
+            "curve25519_generic": (room, room + 64, room + 128),
+            "crc_t10dif_generic": (0, room, size),
+            "cordic_calc_iq": (size,),
+            "chacha_block_xor_ssse3": (room, room + 4096, room + 8192, 64, 20),
+            "chacha_4block_xor_ssse3": (room, room + 4096, room + 8192, 256, 20),
+        }[function]
+        entry = kernel.address_of(function)
+        if function == "cordic_calc_iq":
+            preemption.call("call_pointer", entry, size)
+        else:
+            preemption.call(entry, *arguments, until=enough)
+    assert preemption.counts["stock modules"] > 100

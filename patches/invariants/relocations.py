@@ -1,0 +1,134 @@
+"""Klp relocations: what they make of a livepatch module's text, and whether they do what they were made for.
+
+Addresses come from kallsyms, and formulas, field sizes and ranges from the psABI's table (elf/relocation.py).
+What was written into which field, and with which symbol value, is the core's own record: after the symbol's
+module has gone nothing else knows.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from elf.errors import ElfError, SymbolError
+from elf.klp_sections import KlpRelocation, klp_relocations, klp_sections, section_objname
+from elf.relocation import RULES, Rule, type_name
+from elf.section import Section
+from emu.memory import read_string
+from emu.module import LoadedObject, Text
+from patches.invariants.finding import Finding, value_finding
+from patches.invariants.subject import Subject
+from patches.invariants.walk import entries
+from patches.livepatch import VMLINUX
+
+__all__ = ["expected_texts", "klp_relocations_are_right"]
+
+INVARIANT = "klp_relocations_are_right"
+
+
+def expected_texts(loaded: LoadedObject) -> list[Text]:
+    """The object's text and read-only data as loaded, with the klp relocations that were written since."""
+    if not loaded.placement.klp.written:
+        return loaded.texts
+    fields: dict[int, bytes] = {}
+    for rela in klp_sections(loaded.placement.image):
+        for number, each in enumerate(klp_relocations(loaded.placement.image, rela)):
+            value = loaded.placement.klp.written.get((rela.index, number))
+            if value is not None:
+                location = loaded.placement.addresses[rela.info] + each.offset
+                rule = RULES[each.type]
+                total = _total(rule, value, each, location)
+                fields[location] = (total % 2 ** (8 * rule.size)).to_bytes(rule.size, "little")
+    return [_with_fields(text, fields) for text in loaded.texts]
+
+
+def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:
+    """Each klp relocation whose object is there is written, with its symbol's address, and each that is
+    written fits its field and lies in the section that it is for.
+    """
+    objects = _objects(subject)
+    for loaded in subject.livepatches:
+        known = objects.get(loaded.name, {})
+        for rela in klp_sections(loaded.placement.image):
+            objname = section_objname(rela.name)
+            if objname != VMLINUX and objname not in known:
+                what = f"{rela.name} is never applied: the patch has no object '{objname}'"
+                yield Finding(INVARIANT, what, *_place(subject, loaded, rela))
+            is_there = objname == VMLINUX or known.get(objname, False)
+            for number, each in enumerate(klp_relocations(loaded.placement.image, rela)):
+                if each.type in RULES:
+                    yield from _entry(subject, loaded, rela, number, each, is_there=is_there)
+
+
+def _entry(
+    subject: Subject, loaded: LoadedObject, rela: Section, number: int, each: KlpRelocation, *, is_there: bool
+) -> Iterator[Finding | None]:
+    """The checks of one relocation."""
+    rule = RULES[each.type]
+    location = loaded.placement.addresses[rela.info] + each.offset
+    value = loaded.placement.klp.written.get((rela.index, number))
+    what = f"{type_name(each.type)} against {each.symbol.name}"
+    place = subject.place(location)
+    target = loaded.placement.image.sections[rela.info]
+    if is_there:
+        wanted = _resolved(subject, each)
+        if value is None:
+            yield Finding(INVARIANT, f"{what} is not written", location, place)
+        elif value != wanted:
+            yield value_finding(
+                INVARIANT, f"{what} is written for another address", location, place, wanted, value
+            )
+        else:
+            yield None
+    if value is None:
+        return
+    if each.offset + rule.size > target.size:
+        outside = f"{what} lies outside of {target.name}, which has {target.size:#x} bytes"
+        yield Finding(INVARIANT, outside, location, place)
+    else:
+        yield None
+    total = _total(rule, value, each, location)
+    signed = total - 2**64 if rule.minimum < 0 and total >= 2**63 else total
+    if not rule.minimum <= signed <= rule.maximum:
+        yield Finding(INVARIANT, f"{what} is cut off: {total:#x} does not fit its field", location, place)
+    else:
+        yield None
+
+
+def _resolved(subject: Subject, each: KlpRelocation) -> int:
+    """What kallsyms says of the symbol now, 0 if nothing."""
+    try:
+        name = each.name
+        module = "" if name.objname == VMLINUX else name.objname
+        return subject.kallsyms.address_of(name.name, module, name.sympos)
+    except (ElfError, SymbolError):
+        return 0
+
+
+def _total(rule: Rule, value: int, each: KlpRelocation, location: int) -> int:
+    return (value + each.addend - (location if rule.is_relative else 0)) % 2**64
+
+
+def _with_fields(text: Text, fields: Mapping[int, bytes]) -> Text:
+    contents = bytearray(text.contents)
+    for address, data in fields.items():
+        start = address - text.address
+        if 0 <= start < len(contents):
+            contents[start : start + len(data)] = data
+    return Text(text.name, text.address, bytes(contents))
+
+
+def _objects(subject: Subject) -> dict[str, dict[str, bool]]:
+    """By patch and object, whether the object is there, as the core's own structs have it."""
+    found: dict[str, dict[str, bool]] = {}
+    for address in entries(subject, subject.symbols["klp_patches"], "klp_patch", "list"):
+        patch = subject.view("klp_patch", address)
+        name = subject.view("module", patch.mod).name.split(b"\0")[0].decode("ascii", "backslashreplace")
+        objects = found.setdefault(name, {})
+        head = address + subject.layouts.offsetof("klp_patch", "obj_list")
+        for at in entries(subject, head, "klp_object", "node"):
+            obj = subject.view("klp_object", at)
+            objects[read_string(subject.memory, obj.name) if obj.name else VMLINUX] = bool(obj.mod)
+    return found
+
+
+def _place(subject: Subject, loaded: LoadedObject, rela: Section) -> tuple[int, str]:
+    address = loaded.placement.addresses.get(rela.info, 0)
+    return address, subject.place(address) if address else ""
