@@ -165,9 +165,9 @@ def replace_stack(machine: "Machine", task: Task) -> None:
 
 
 def _fork(machine: "Machine", parent: Task, comm: str, cpu: VCpu, kthread: bool, flags: int) -> Task:
-    if len(comm.encode()) >= TASK_COMM_LEN or not comm:
+    if not 0 < len(comm.encode()) < TASK_COMM_LEN or "\0" in comm:
         raise KlpemuError(
-            f"no task can be called '{comm}'", advice=f"comm has 1 to {TASK_COMM_LEN - 1} bytes"
+            f"no task can be called {comm!r}", advice=f"comm has 1 to {TASK_COMM_LEN - 1} bytes"
         )
     size = machine.layouts.sizeof("task_struct")
     address = machine.slab.kzalloc(size, f"task_struct {comm}")

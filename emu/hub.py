@@ -202,7 +202,7 @@ class Hub:
                 except BaseException:
                     self.abandon(picked)
                     raise
-                if not finishing.activities:
+                if self._failures and not finishing.activities:
                     self._raise_failure()
                 continue
             expiry = timers.next_expiry
@@ -338,9 +338,7 @@ class Hub:
         if not call.started:
             call.started = True
             self._traps.enter(task, call)
-        share = call.budget if instructions is None else min(instructions, call.budget)
-        share = max(1, share)
-
+        share = max(1, call.budget if instructions is None else min(instructions, call.budget))
         self._traps.entering(task, share)
         stop = task.cpu.run(share)
         call.budget -= share

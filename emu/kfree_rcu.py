@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from emu.events import EventKind
+from emu.rcu import start_poll_synchronize_rcu
+
 if TYPE_CHECKING:
     from emu.machine import Machine
 
@@ -9,13 +12,19 @@ __all__ = ["kfree_rcu"]
 
 
 def kfree_rcu(machine: "Machine", address: int) -> None:
-    """Free an object of the heap after a grace period; the caller goes on at once.
+    """Free an object of the heap once a grace period is over; the caller goes on at once.
 
-    Each object waits for a grace period of its own, in the kworker; the kernel collects many for one.
+    A kworker looks whether it is, as soon as it can and then each jiffy: nobody else's work waits for that.
+    Each object has a grace period of its own; the kernel collects many for one.
     """
+    has_passed = start_poll_synchronize_rcu(machine)
+    name = f"kfree_rcu_work {address:#x}"
 
     def kfree_rcu_work() -> None:
-        machine.synchronize("synchronize_rcu")
-        machine.slab.kfree(address)
+        if has_passed():
+            machine.events.record(EventKind.SYNC, address, note="kfree_rcu")
+            machine.slab.kfree(address)
+        else:
+            machine.workqueue.schedule_delayed_work(name, kfree_rcu_work, 1)
 
-    machine.workqueue.schedule_work("kfree_rcu_work", kfree_rcu_work)
+    machine.workqueue.schedule_work(name, kfree_rcu_work)

@@ -12,7 +12,7 @@ What a vCPU or a task has to have done since the wait began:
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from emu.events import EventKind
 from emu.memory import read_u64
@@ -20,9 +20,11 @@ from emu.task import Task
 
 if TYPE_CHECKING:
     from emu.machine import Machine
+    from emu.sched import RunQueue
 
-__all__ = ["synchronize"]
+__all__ = ["start_poll_synchronize_rcu", "synchronize"]
 
+Holdout = TypeVar("Holdout")
 INTERRUPTS = ("text_poke_sync", "ftrace_sync_ipi")
 
 
@@ -35,6 +37,11 @@ def synchronize(machine: "Machine", what: str) -> None:
     else:
         machine.hub.wait(_all_cpus_have_scheduled(machine), what)
     machine.events.record(EventKind.SYNC, note=what)
+
+
+def start_poll_synchronize_rcu(machine: "Machine") -> Callable[[], bool]:
+    """A predicate for those who cannot wait: an RCU grace period has passed since this call."""
+    return _all_cpus_have_scheduled(machine)
 
 
 def _me(machine: "Machine") -> Task | None:
@@ -54,13 +61,10 @@ def _all_cpus_have_scheduled(machine: "Machine") -> Callable[[], bool]:
     for rq, _ in left:
         rq.need_resched = True
 
-    def holds() -> bool:
-        return all(
-            rq.nr_switches != before or rq.is_idle or rq.curr.quiescent or sched.preemptible(rq.curr)
-            for rq, before in left
-        )
+    def passed(rq: "RunQueue", before: int) -> bool:
+        return rq.nr_switches != before or rq.is_idle or rq.curr.quiescent or sched.preemptible(rq.curr)
 
-    return holds
+    return _each_once(left, passed)
 
 
 def _all_tasks_have_slept(machine: "Machine") -> Callable[[], bool]:
@@ -76,13 +80,22 @@ def _all_tasks_have_slept(machine: "Machine") -> Callable[[], bool]:
         if task is not me and (task.running or task.queued) and not task.quiescent
     ]
 
-    def holds() -> bool:
-        return all(
+    def passed(task: Task, before: int) -> bool:
+        return (
             not (task.running or task.queued)
             or task.quiescent
             or task.struct not in machine.by_struct
             or switches(task) != before
-            for task, before in holdouts
         )
+
+    return _each_once(holdouts, passed)
+
+
+def _each_once(left: list[tuple[Holdout, int]], passed: Callable[[Holdout, int], bool]) -> Callable[[], bool]:
+    """Each of them has passed since, not all at one moment: who has is not waited for any more."""
+
+    def holds() -> bool:
+        left[:] = [each for each in left if not passed(*each)]
+        return not left
 
     return holds

@@ -16,6 +16,7 @@ from elf.image import Image
 from elf.klp_sections import KlpRelocation, klp_relocations, klp_sections, section_objname
 from elf.section import Section
 from elf.symbols import Symbol
+from emu.errno import KernelErrno
 from emu.machine import Machine
 from emu.module import module_name
 from emu.placement import Placement
@@ -131,6 +132,7 @@ class _Reader:
         self._att = att
         self._missing: dict[int, str] = {}
         self._problems: list[str] = []
+        self._is_sound = True  # its klp sections lead nowhere else
         self._references = self._resolve()
         self._declared: _Declared | None = None
 
@@ -207,6 +209,7 @@ class _Reader:
                 apply(placement, name)
             except KlpemuError as error:
                 self._problem(error)
+                self._is_sound = isinstance(error, KernelErrno)
 
         def klp_enable_patch(_: Machine, registers: dict[str, int]) -> int:
             if self._declared is None:
@@ -227,10 +230,13 @@ class _Reader:
         return address
 
     def _problem(self, error: KlpemuError) -> None:
-        """Note an error, unless a klp relocation says the same already."""
+        """Note an error in the kernel's words, unless something says the same already."""
+        what = error.what
+        if isinstance(error, KernelErrno):
+            what = what.removesuffix(f" (-{error.name})")
         told = {each.problem for some in self._references.values() for each in some}
-        if error.what.rpartition(" (-")[0] not in told:
-            self._problems.append(error.what)
+        if what not in told and what not in self._problems:
+            self._problems.append(what)
 
     def _read_declared(self, address: int) -> _Declared:
         """Read a `struct klp_patch` that nothing has changed yet."""
@@ -239,7 +245,7 @@ class _Reader:
         loaded = machine.modules.objects[klp.name_of(guest)]
         objects = static_objects(machine, guest)
         for obj in objects:
-            if obj.name and klp.string(obj.name) in machine.modules.objects:
+            if self._is_sound and obj.name and klp.string(obj.name) in machine.modules.objects:
                 try:
                     klp_relocation.klp_apply_object_relocs(klp, guest, obj)
                 except KlpemuError as error:

@@ -214,7 +214,7 @@ class StepRunner:
     # Tasks.
 
     def _start(self, task: DeclaredTask) -> None:
-        for _ in range(1):
+        for _ in range(task.count):
             try:
                 self.kernel.tasks.spawn(
                     task.name, task.program, kthread=task.kthread, cpu=task.cpu, repeat=task.repeat

@@ -47,10 +47,16 @@ def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:
     for loaded in subject.livepatches:
         known = objects.get(loaded.name, {})
         for rela in klp_sections(loaded.placement.image):
+            target = loaded.placement.image.sections[rela.info]
+            if target.index not in loaded.placement.addresses or target in loaded.placement.per_cpu:
+                what = f"{rela.name} is never applied: {target.name} is not in the module's memory"
+                yield Finding(INVARIANT, what)
+                continue
             objname = section_objname(rela.name)
             if objname != VMLINUX and objname not in known:
                 what = f"{rela.name} is never applied: the patch has no object '{objname}'"
-                yield Finding(INVARIANT, what, *_place(subject, loaded, rela))
+                address = loaded.placement.addresses[target.index]
+                yield Finding(INVARIANT, what, address, subject.place(address))
             is_there = objname == VMLINUX or known.get(objname, False)
             for number, each in enumerate(klp_relocations(loaded.placement.image, rela)):
                 if each.type in RULES:
@@ -127,8 +133,3 @@ def _objects(subject: Subject) -> dict[str, dict[str, bool]]:
             obj = subject.view("klp_object", at)
             objects[read_string(subject.memory, obj.name) if obj.name else VMLINUX] = bool(obj.mod)
     return found
-
-
-def _place(subject: Subject, loaded: LoadedObject, rela: Section) -> tuple[int, str]:
-    address = loaded.placement.addresses.get(rela.info, 0)
-    return address, subject.place(address) if address else ""

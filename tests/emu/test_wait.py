@@ -328,64 +328,68 @@ def test_an_entry_of_nobody_is_said_to_be_one(machine: Machine) -> None:
 # Under every interleaving.
 
 
-def each_end(
-    machine: Machine, bound: int, bodies: list[tuple[int, str, tuple[int, ...]]]
-) -> Iterator[list[int]]:
-    """What the calls return, for every interleaving; a deadlock is an error."""
+Call = tuple[int, str, tuple[int, ...]]
+Bounds = tuple[int, int | None]
+
+
+def each_end(machine: Machine, bounds: Bounds, *calls: Call) -> Iterator[list[int]]:
+    """What the calls, each on a task of its own, return under each schedule; a deadlock is an error."""
     tasks = machine.tasks
-    for schedule in interleavings(bound, instructions=40):
+    for schedule in interleavings(*bounds):
         machine.hub.schedule = schedule
-        calls = [
-            machine.hub.call(tasks[number], machine.symbol(function), arguments)
-            for number, function, arguments in bodies
+        begun = [
+            machine.hub.call(tasks[at], machine.symbol(name), arguments) for at, name, arguments in calls
         ]
-        for (number, _, _), guest in zip(bodies, calls, strict=True):
-            machine.hub.finish(tasks[number], guest)
-        yield [guest.result for guest in calls]
+        for (at, _, _), guest in zip(calls, begun, strict=True):
+            machine.hub.finish(tasks[at], guest)
+        yield [guest.result for guest in begun]
 
 
-def test_a_delivery_is_never_lost() -> None:
+# At most so many switches that nothing forces, and so many instructions at a time (None: up to an export).
+TWO = [pytest.param((2, None), marks=pytest.mark.slow), (1, None), (1, 1)]
+FOUR = [(1, None), (1, 5)]
+
+
+@pytest.mark.parametrize("bounds", TWO)
+def test_a_delivery_is_never_lost(bounds: Bounds) -> None:
     machine = boot(cpus=2)
-    ends = [ends[0] for ends in each_end(machine, 2, [(0, "await_delivery", ()), (1, "deliver", ())])]
-    assert set(ends) == {1}
-    assert len(ends) > 300
+    ends = list(each_end(machine, bounds, (0, "await_delivery", ()), (1, "deliver", ())))
+    assert {each[0] for each in ends} == {1}
+    assert len(ends) > 20
     assert completion(machine).done == 0
     assert waiting_for_delivery(machine) == []
 
 
-def test_two_deliveries_reach_two_waiters() -> None:
+@pytest.mark.parametrize("bounds", FOUR)
+def test_two_deliveries_reach_two_waiters(bounds: Bounds) -> None:
     machine = boot(cpus=4)
-    bodies: list[tuple[int, str, tuple[int, ...]]] = [
-        *((0, "await_delivery", ()), (1, "deliver", ())),
-        *((2, "await_delivery", ()), (3, "deliver", ())),
-    ]
-    for ends in each_end(machine, 1, bodies):
-        assert (ends[0], ends[2]) == (1, 1)
+    waits: list[Call] = [(0, "await_delivery", ()), (2, "await_delivery", ())]
+    for ends in each_end(machine, bounds, *waits, (1, "deliver", ()), (3, "deliver", ())):
+        assert ends[:2] == [1, 1]
         assert completion(machine).done == 0
 
 
-def test_a_flag_that_is_raised_is_always_seen() -> None:
+@pytest.mark.parametrize("bounds", TWO)
+def test_a_flag_that_is_raised_is_always_seen(bounds: Bounds) -> None:
     machine = boot(cpus=2)
-    ends = []
-    for ends_ in each_end(machine, 2, [(0, "await_flag", ()), (1, "raise_flag", (3,))]):
-        ends.append(ends_[0])
+    seen = []
+    for ends in each_end(machine, bounds, (0, "await_flag", ()), (1, "raise_flag", (3,))):
+        seen.append(ends[0])
         machine.space.write(machine.symbol("flag"), bytes(8))
-    assert set(ends) == {3}
-    assert len(ends) > 300
+    assert set(seen) == {3}
+    assert len(seen) > 20
 
 
-def test_two_who_raise_a_flag_wake_two_who_wait() -> None:
+@pytest.mark.parametrize("bounds", FOUR)
+def test_two_who_raise_a_flag_wake_two_who_wait(bounds: Bounds) -> None:
     machine = boot(cpus=4)
-    bodies: list[tuple[int, str, tuple[int, ...]]] = [
-        *((0, "await_flag", ()), (1, "raise_flag", (3,))),
-        *((2, "await_flag", ()), (3, "raise_flag", (5,))),
-    ]
-    for ends in each_end(machine, 1, bodies):
-        assert {ends[0], ends[2]} <= {3, 5}
+    waits: list[Call] = [(0, "await_flag", ()), (2, "await_flag", ())]
+    for ends in each_end(machine, bounds, *waits, (1, "raise_flag", (3,)), (3, "raise_flag", (5,))):
+        assert set(ends[:2]) <= {3, 5}
         machine.space.write(machine.symbol("flag"), bytes(8))
 
 
-@pytest.mark.parametrize(("seed", "preemption"), product(range(8), [False, True]))
+@pytest.mark.parametrize(("seed", "preemption"), list(product(range(8), [False, True])))
 def test_many_who_wait_and_wake_at_random_all_come_to_their_end(seed: int, preemption: bool) -> None:
     machine = boot(cpus=3)
     machine.hub.schedule = Seeded(seed)

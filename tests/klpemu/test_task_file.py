@@ -154,7 +154,7 @@ def test_the_tasks_that_every_kernel_has_are_known_by_name(cpus: int) -> None:
         ('finding = "versions_are_never_mixed"', 'finding = "mixed"', 34, "no invariant is called 'mixed'"),
         ('wait = "transition"', 'wait = "transitoin"', 37, "'transitoin'; did you mean 'transition'?"),
         ('"1.5 s"', '"soon"', 38, "'within' is 'soon'; expected a time"),
-        ('run = "500 ms"', 'run = "5 s"\nwithin = "5 s"', 31, "unknown key 'within' in a step that does 'run'"),
+        ('run = "500 ms"', 'run = "5 s"\nwithin = "5 s"', 31, "unknown key 'within' in a step that does"),
         ('reverse = "fix_steps"', 'reverse = "fix"', 42, "no patch 'fix' is declared"),
         ('force = "fix_steps"', 'force = "fix_step"', 45, "did you mean 'fix_steps'?"),
     ],

@@ -83,6 +83,7 @@ def _both(
     ]
     try:
         machine.run(lambda: all(call.finished for call in calls) and machine.workqueue.is_empty)
+        machine.run(lambda: False, 2)  # jiffies, for what waits for a grace period
     finally:
         machine.hub.schedule = RunToCompletion()
     for call in calls:

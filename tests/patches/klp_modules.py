@@ -50,9 +50,13 @@ class Changed:
 
     def flags(self, name: str, flags: int) -> Self:
         """Give a section other sh_flags."""
-        index = next(each.index for each in self.image.sections if each.name == name)
-        (table,) = unpack_from("<Q", self._data, 40)
-        pack_into("<Q", self._data, table + 64 * index + 8, flags)
+        pack_into("<Q", self._data, self._header(name) + 8, flags)
+        return self
+
+    def target(self, name: str, target: str) -> Self:
+        """Have a relocation section apply to another section (sh_info)."""
+        index = next(each.index for each in self.image.sections if each.name == target)
+        pack_into("<I", self._data, self._header(name) + 44, index)
         return self
 
     def entry(
@@ -89,6 +93,11 @@ class Changed:
         path = folder / self._name
         path.write_bytes(self._data)
         return path
+
+    def _header(self, name: str) -> int:
+        index = next(each.index for each in self.image.sections if each.name == name)
+        (table,) = unpack_from("<Q", self._data, 40)
+        return int(table) + 64 * index
 
     def _string(self, old: str, new: str) -> Self:
         before, after = old.encode() + b"\0", new.encode() + b"\0"

@@ -301,6 +301,16 @@ def test_a_section_for_vmlinux_may_be_gone_after_the_load(kernel: Kernel, tmp_pa
     kernel.verify().raise_for_findings()
 
 
+def test_a_section_for_vmlinux_that_applies_to_nothing_in_memory_is_passed_over(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    """apply_relocations(): "Don't bother with non-allocated sections"."""
+    kernel.insmod(Changed().target(VMLINUX_DATA, ".comment").saved(tmp_path))
+    assert kernel.call("call_same_two", 1) == 5108
+    (finding,) = kernel.verify().findings
+    assert finding.what == f"{VMLINUX_DATA} is never applied: .comment is not in the module's memory"
+
+
 # What is refused when the object is there.
 
 
