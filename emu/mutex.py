@@ -95,18 +95,21 @@ def _lock(machine: "Machine", lock: int, state: int = TASK_UNINTERRUPTIBLE) -> b
     waiter.task = machine.hub.current.struct
     with spin_locked(machine, mutex.member_("wait_lock")):
         list_add_tail(waiter.list, mutex.wait_list)
-    try:
+    while True:
         set_current_state(machine, state)
-        while not _try(machine, lock):
-            if state == TASK_INTERRUPTIBLE and signal_pending(machine, machine.hub.current):
-                return False
-            machine.sched.schedule(machine.kallsyms.describe(lock).split("+")[0])
-            set_current_state(machine, state)
-        return True
-    finally:
-        set_current_state(machine, TASK_RUNNING)
+        # Whoever gives up does so under the lock: else it could be the one that the owner wakes, and nobody
+        # would be woken in its place.
         with spin_locked(machine, mutex.member_("wait_lock")):
+            taken = _try(machine, lock)
+            if taken or (state == TASK_INTERRUPTIBLE and signal_pending(machine, machine.hub.current)):
+                set_current_state(machine, TASK_RUNNING)
+                list_del(waiter.list)
+                return taken
+        try:
+            machine.sched.schedule(machine.kallsyms.describe(lock).split("+")[0])
+        except BaseException:  # abandoned: nobody may find this waiter any more
             list_del(waiter.list)
+            raise
 
 
 def _unlock(machine: "Machine", lock: int) -> None:

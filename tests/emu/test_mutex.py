@@ -1,5 +1,6 @@
 """Mutexes: one owner, waiters in the order they came, and nobody left asleep."""
 
+import errno
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ from emu.events import EventKind
 from emu.machine import Machine
 from emu.mutex import mutex_held
 from emu.schedules import RoundRobin
-from emu.task import Task
-from emu.thread_info import TASK_UNINTERRUPTIBLE
+from emu.task import Service, Task
+from emu.thread_info import (
+    TASK_UNINTERRUPTIBLE,
+    TIF_SIGPENDING,
+    clear_tsk_thread_flag,
+    set_tsk_thread_flag,
+)
 from emu.view import list_for_each_entry
 
 
@@ -160,3 +166,32 @@ def test_many_contenders_at_random_all_get_it(seed: int) -> None:
     assert all(is_gone(machine, task) for task in tasks)
     assert waiting(machine) == []
     assert machine.slab.corruptions(machine.space) == []
+
+
+def test_one_that_gives_up_for_a_signal_takes_nobodys_turn() -> None:
+    """It may be the one that the owner wakes: then somebody else has to be woken in its place."""
+    machine = boot(cpus=3)
+    owner, quitter, waiter = machine.tasks[:3]
+    answers = set()
+
+    def begin(task: Task, export: str) -> Service:
+        answer = machine.traps.exports[export]
+        return machine.hub.serve(task, export, lambda: answer(machine, {"rdi": machine.symbol("nap_mutex")}))
+
+    for schedule in interleavings(2):
+        machine.hub.schedule = RoundRobin()
+        machine.hub.finish(owner, begin(owner, "mutex_lock"))
+        gives_up, waits = begin(quitter, "mutex_lock_interruptible"), begin(waiter, "mutex_lock")
+        machine.run(lambda: len(waiting(machine)) == 2 and not quitter.running and not waiter.running)
+        set_tsk_thread_flag(machine, quitter.struct, TIF_SIGPENDING)
+        machine.sched.try_to_wake_up(quitter)
+        machine.hub.schedule = schedule
+        machine.hub.finish(owner, begin(owner, "mutex_unlock"))
+        clear_tsk_thread_flag(machine, quitter.struct, TIF_SIGPENDING)
+        answers.add(machine.hub.finish(quitter, gives_up))
+        if not gives_up.result:
+            machine.hub.finish(quitter, begin(quitter, "mutex_unlock"))
+        machine.hub.finish(waiter, waits)
+        machine.hub.finish(waiter, begin(waiter, "mutex_unlock"))
+        assert waiting(machine) == []
+    assert answers == {0, -errno.EINTR}

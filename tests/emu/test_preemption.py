@@ -20,30 +20,13 @@ from register_probe import boot_with_probes
 
 from emu.events import EventKind
 from emu.machine import Machine
-from emu.memory import read_u32, read_u64
+from emu.memory import read_u32
 from emu.schedules import Explicit, RoundRobin, Seeded
-from emu.task import Task
 from emu.thread_info import (
     TASK_UNINTERRUPTIBLE,
 )
 
 FOREVER = 1 << 40
-
-
-def state_of(machine: Machine, task: Task) -> int:
-    return int(struct_of(machine, task).__state)
-
-
-def per_cpu(machine: Machine, cpu: int, symbol: str) -> int:
-    return read_u64(machine.space, machine.cpus[cpu].gs_base + machine.vmlinux.symbols[symbol])
-
-
-@pytest.fixture
-def smp() -> Machine:
-    """Two vCPUs that take turns."""
-    machine = boot(cpus=2)
-    machine.hub.schedule = RoundRobin()
-    return machine
 
 
 # Who may be taken off.

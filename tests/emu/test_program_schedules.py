@@ -14,7 +14,6 @@ from machines import (
     boot,
     call,
     results,
-    run_to_the_end,
     spawn,
     step,
 )
@@ -25,11 +24,6 @@ from emu.machine import Machine
 from emu.program import Operation
 from emu.schedules import RoundRobin, Seeded
 from emu.task import Task
-from emu.thread_info import (
-    TASK_INTERRUPTIBLE,
-    TIF_NOTIFY_SIGNAL,
-    set_tsk_thread_flag,
-)
 
 
 @pytest.fixture
@@ -38,19 +32,6 @@ def machine() -> Machine:
     machine = boot()
     machine.hub.schedule = RoundRobin()
     return machine
-
-
-def signal(machine: Machine, task: Task) -> None:
-    """set_notify_signal()."""
-    set_tsk_thread_flag(machine, task.struct, TIF_NOTIFY_SIGNAL)
-    machine.sched.try_to_wake_up(task, TASK_INTERRUPTIBLE)
-
-
-def jiffies_of(machine: Machine, *operations: Operation, **options: Any) -> int:
-    """How long a program takes."""
-    start = machine.timers.now
-    run_to_the_end(machine, spawn(machine, "timed", *operations, **options))
-    return machine.timers.now - start
 
 
 # Whatever the schedule.

@@ -300,6 +300,19 @@ def test_a_task_torn_out_of_guest_code_goes_on_on_another_stack(machine: Machine
     assert machine.call(machine.symbol("await_flag")) == 5
 
 
+def test_a_task_torn_out_while_it_is_current_is_current_on_its_new_stack(machine: Machine) -> None:
+    def export(machine: Machine, registers: dict[str, int]) -> None:
+        raise ValueError("a bug of ours")
+
+    old = machine.init_task.stack_top
+    machine.traps.exports["test_export"] = export
+    with pytest.raises(ValueError, match="bug"):
+        machine.call(machine.symbol("call_export"))
+    assert machine.sched.runqueues[0].curr is machine.init_task
+    assert machine.init_task.stack_top != old
+    assert_consistent(machine)
+
+
 def test_a_service_that_fails_without_guest_code_keeps_its_stack(machine: Machine) -> None:
     old = machine.init_task.stack_top
     with pytest.raises(Exception, match="deadlock"):

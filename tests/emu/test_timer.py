@@ -167,7 +167,14 @@ def test_a_delay_is_rounded_as_the_kernel_rounds_it(passed: int, delay: int) -> 
     assert MACHINE.timers.round_jiffies_relative(delay) == wanted
 
 
-@pytest.mark.parametrize("phase", range(0, 250, 7))
+@pytest.mark.parametrize("delay", [0, 1, 61, 62])
+def test_a_delay_is_not_rounded_to_now_or_before(delay: int) -> None:
+    """On a second, the nearest second is this one."""
+    MACHINE.timers.advance_to(MACHINE.timers.now + HZ - jiffies(MACHINE) % HZ)
+    assert MACHINE.timers.round_jiffies_relative(delay) == (delay if delay < 62 else HZ)
+
+
+@pytest.mark.parametrize("phase", [0, 1, 30, 61, 62, 63, 124, 125, 126, 187, 188, 249])
 def test_a_delay_of_a_second_ends_on_a_second(phase: int) -> None:
     """What a transition's retries rely on."""
     now = MACHINE.timers.now

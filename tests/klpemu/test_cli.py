@@ -1,20 +1,14 @@
 """What all verbs have in common: exit status, one line of error, colour, pipes, Ctrl-C."""
 
-import fcntl
-import os
-import pty
 import re
 import signal
-import struct
-import subprocess
-import sys
-import termios
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from command_line import FIX_AREA, environment, klpemu, process
+from command_line import FIX_AREA, klpemu, process
+from terminal import on_a_terminal
 
 VERBS = ("demo", "sites", "verify", "trace", "run")
 
@@ -165,35 +159,6 @@ def test_colour_is_for_terminals_unless_it_is_asked_for() -> None:
     assert "\x1b" not in klpemu("demo", "--color", "always", "--json").out
     stripped = re.sub(r"\x1b\[[\d;]*m", "", klpemu("demo", "--color", "always").out)
     assert stripped == klpemu("demo").out
-
-
-def on_a_terminal(*arguments: str, columns: int, **more: str) -> str:
-    """What `klpemu` prints on a terminal of so many columns, escape sequences included."""
-    try:
-        master, slave = pty.openpty()
-    except OSError as error:
-        pytest.skip(f"this machine gives no terminal: {error}")
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    variables = environment(TERM="xterm-256color", **more)
-    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
-        if name not in more:
-            variables.pop(name, None)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "klpemu", *arguments], stdin=slave, stdout=slave, stderr=slave, env=variables
-    )
-    os.close(slave)
-    data = b""
-    while True:
-        try:
-            block = os.read(master, 1 << 16)
-        except OSError:  # EIO: the other side is closed
-            break
-        if not block:
-            break
-        data += block
-    os.close(master)
-    assert child.wait() == 0
-    return data.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,19 @@ def test_an_object_without_a_name_is_refused() -> None:
         Patch("fix_area", {"": [AREA]})
 
 
-def test_a_module_that_an_enabled_patch_names_is_not_loaded_later() -> None:
+def test_a_module_that_a_patch_cannot_be_applied_to_is_refused() -> None:
     kernel = Kernel.load()
-    kernel.enable(fix_area("fix_shapes"))
-    with pytest.raises(KlpemuError, match="'fix_area' changes this module; load it before the patch"):
+    kernel.enable(fix_area("fix_shapes"))  # it names functions that fix_shapes does not have
+    before = len(kernel.log)
+    with pytest.raises(KernelErrno) as caught:
         kernel.load_module("builtin:fix_shapes.o")
+    assert caught.value.name == "EINVAL"
+    assert kernel.log[before:] == [
+        "livepatch: symbol 'area_of' not found in symbol table",
+        "livepatch: failed to initialize patch 'fix_area' for module 'fix_shapes' (-22)",
+        "livepatch: patch 'fix_area' failed for module 'fix_shapes', refusing to load module 'fix_shapes'",
+    ]
+    assert "fix_shapes" not in kernel.machine.modules.objects
     assert kernel.verify().holds
     kernel.disable("fix_area")
     assert kernel.load_module("builtin:fix_shapes.o") == "fix_shapes"

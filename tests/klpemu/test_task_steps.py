@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from command_line import klpemu
 
+from emu.timer import HZ
 from klpemu.scenario import Action, DeclaredTask, Scenario, Step
 from klpemu.step_runner import StepResult, StepRunner
 from klpemu.watched_schedule import is_settled
@@ -299,3 +300,13 @@ def test_nobody_is_in_the_middle_of_a_service_when_a_step_is_judged(seed: int) -
         runner.perform(Step(Action.RUN, "4 ms", msecs=4))
         assert is_settled(runner.kernel.machine)
     assert services
+
+
+def test_a_task_that_is_only_ever_preempted_holds_no_step_up_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two system calls it is in user space for a moment; a grace period must not miss that."""
+    monkeypatch.setattr("emu.hub.PATIENCE", 10 * HZ)
+    tasks = {"busy": DeclaredTask("busy", ("crunch(3000)",), repeat=None)}
+    runner = StepRunner(Scenario(full_preemption=True, patches={"fix_steps": FIX_STEPS}, tasks=tasks))
+    assert [runner.perform(step).report.findings for step in STEPS[1:]] == [()] * 4

@@ -6,7 +6,9 @@ from typing import Self
 
 from elf.image import Image
 from elf.klp_sections import klp_relocations, klp_sections
+from elf.relocation import RULES
 from elf.section import Section
+from klpemu import Kernel
 
 BUILD = Path(__file__).resolve().parents[2] / "fixtures" / "build"
 LAMP = BUILD / "lamp.ko"
@@ -51,6 +53,12 @@ class Changed:
     def flags(self, name: str, flags: int) -> Self:
         """Give a section other sh_flags."""
         pack_into("<Q", self._data, self._header(name) + 8, flags)
+        return self
+
+    def header(self, name: str, offset: int, data: bytes) -> Self:
+        """Change bytes of a section's header."""
+        at = self._header(name) + offset
+        self._data[at : at + len(data)] = data
         return self
 
     def target(self, name: str, target: str) -> Self:
@@ -106,3 +114,32 @@ class Changed:
         start = self._data.index(before)
         self._data[start : start + len(before)] = after
         return self
+
+
+def fields(kernel: Kernel, section: str, module: str = "klp_lamp") -> list[bytes]:
+    """The bytes that a klp relocation section's entries stand for, as guest memory has them."""
+    placement = kernel.machine.modules.objects[module].placement
+    rela = section_of(placement.image, section)
+    base = placement.addresses[rela.info]
+    return [
+        kernel.machine.space.read(base + each.offset, RULES[each.type].size if each.type else 8)
+        for each in klp_relocations(placement.image, rela)
+    ]
+
+
+def are_zero(values: list[bytes]) -> bool:
+    return not any(any(value) for value in values)
+
+
+def trace_of(kernel: Kernel) -> dict[str, object]:
+    """What a module that is refused could leave behind."""
+    machine = kernel.machine
+    return {
+        "modules": list(machine.modules.objects),
+        "slab": dict(machine.slab.live),
+        "area": dict(machine.area.live),
+        "symbols": list(machine.kallsyms.modules()),
+        "records": {record.ip: record.flags for record in machine.ftrace.records},
+        "list": machine.space.read(machine.vmlinux.symbols["modules"], 16),
+        "enabled": [each.patch.name for each in kernel.enabled],
+    }
