@@ -22,7 +22,8 @@ def print_info(output: Output, info: PatchInfo, *, code: bool) -> None:
     output.fact("name", info.name)
     for key in MODINFO:
         for value in info.modinfo.get(key, []):
-            output.fact(key, *([value] if value else [("nothing", "dim")]))
+            # The kernel's vermagic ends in a space.
+            output.fact(key, *([value.strip()] if value else [("nothing", "dim")]))
     for name, kind, description in info.parameters:
         output.fact("parameter", f"{name} ({kind})" if kind else name, f"  {description}")
     if info.declared:

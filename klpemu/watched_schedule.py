@@ -29,7 +29,9 @@ def is_settled(machine: Machine) -> bool:
     """No vCPU is in the middle of a service, and no work is left for a kworker: what services change together
     can be judged.
     """
-    return machine.workqueue.is_empty and not any(_serves(rq.curr) for rq in machine.sched.runqueues)
+    return machine.workqueue.is_empty and not any(
+        rq.idle.activities or _serves(rq.curr) for rq in machine.sched.runqueues
+    )
 
 
 def _serves(task: Task) -> bool:

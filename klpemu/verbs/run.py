@@ -24,8 +24,9 @@ __all__ = ["run"]
 def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> None:
     """Perform the steps of a scenario, and check every invariant after each.
 
-    A scenario says which kernel, modules and patches there are, what is done with them in which order, and
-    what is expected; docs/cli.md describes its form.  builtin:demo.toml is one.
+    A scenario says which kernel, modules, patches and tasks there are, what is done with them in which order,
+    and what is expected; docs/cli.md describes its form.  builtin:demo.toml and builtin:consistency.toml are
+    two.
 
     Exit status: 0 all checks hold, 1 there are findings, 2 a scenario cannot be read, or a step fails that is
     not expected to.

@@ -214,15 +214,53 @@ def test_a_grace_period_ends_when_the_other_goes_to_sleep(machine: Machine, what
 
 @pytest.mark.parametrize("what", [*CPUS, *TASKS])
 def test_a_sleep_in_the_meantime_counts_even_if_it_is_over_again(machine: Machine, what: str) -> None:
-    service = goes_to_sleep(machine, what)
-    task = machine.tasks[-1]
-    machine.sched.candidates()  # its vCPU goes idle
+    """Nobody has looked while the task slept, and when somebody does it executes kernel code as before."""
+    task = spawn(machine, "other", call(machine, "nap", 4000), cpu=1, kthread=True)
+    between = spawn(machine, "between", call(machine, "nap", 4000), cpu=1, kthread=True)
+    advance_until(machine, task, lambda: task.in_guest)
+    service = begin(machine, what)
+    assert not service.finished
+    advance_until(machine, task, lambda: not task.running)
+    advance_until(machine, between, lambda: between.in_guest and not between.running)
     machine.sched.try_to_wake_up(task)
     machine.hub.advance(task, 1)
     assert task.running
+    assert not task.quiescent
     first = machine.init_task
     assert first in machine.sched.candidates()
     machine.hub.advance(first)
+    assert service.finished
+
+
+@pytest.mark.parametrize("what", [*CPUS, *TASKS])
+def test_a_grace_period_ends_when_the_other_reaches_user_space(machine: Machine, what: str) -> None:
+    task = spawn(machine, "other", call(machine, "both_steps"), step("user", 4000), cpu=1)
+    advance_until(machine, task, lambda: task.in_guest)
+    service = begin(machine, what)
+    assert not service.finished
+    advance_until(machine, task, lambda: task.quiescent)
+    assert task.running, "it has not slept, nor has its vCPU switched"
+    machine.hub.advance(machine.init_task)
+    assert service.finished
+
+
+@pytest.mark.parametrize("what", [*CPUS, *TASKS])
+def test_not_all_have_to_be_out_of_the_way_at_one_moment(what: str) -> None:
+    machine = boot(cpus=3)
+    machine.hub.schedule = Seeded(0)
+    one, two = (
+        spawn(machine, f"t{cpu}", call(machine, "both_steps"), cpu=cpu, repeat=None) for cpu in (1, 2)
+    )
+    for task in (one, two):
+        advance_until(machine, task, lambda task=task: task.in_guest)
+    service = begin(machine, what)
+    advance_until(machine, one, lambda: one.quiescent)
+    assert machine.init_task not in machine.sched.candidates()
+    advance_until(machine, one, lambda: one.in_guest)
+    advance_until(machine, two, lambda: two.quiescent)
+    assert not one.quiescent
+    assert machine.init_task in machine.sched.candidates()
+    machine.hub.advance(machine.init_task)
     assert service.finished
 
 

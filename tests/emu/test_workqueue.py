@@ -73,6 +73,7 @@ def test_work_that_sleeps_holds_up_the_work_behind_it(machine: Machine) -> None:
 
     machine.workqueue.schedule_work("sleeps", sleeps)
     machine.run(lambda: False, 5)
+    assert not machine.workqueue.is_empty, "it is being done"
     machine.workqueue.schedule_work("behind", lambda: done.append("behind"))
     assert not machine.workqueue.is_empty
     until_empty(machine)

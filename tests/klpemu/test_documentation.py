@@ -66,7 +66,7 @@ def test_transcripts_are_what_is_printed(document: str, tmp_path: Path) -> None:
 
 def test_every_verb_has_a_section() -> None:
     text = (ROOT / "docs/cli.md").read_text()
-    for verb in ("demo", "sites", "verify", "trace", "run"):
+    for verb in ("demo", "sites", "verify", "trace", "run", "info"):
         assert f"\n## klpemu {verb}\n" in text
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from command_line import FIX_AREA, klpemu
+from command_line import FIX_AREA, ROOT, klpemu
 
 from elf.errors import KlpemuError
 from klpemu.fixtures import fixture
@@ -28,7 +28,15 @@ def findings(tmp_path: Path, steps: str) -> list[str]:
     return [f"{each['step']}: {each['what']}" for each in object_["findings"]]
 
 
-@pytest.mark.parametrize("name", ["demo.toml", "refused.toml"])
+SCENARIOS = sorted(path.name for path in (ROOT / "fixtures" / "scenarios").glob("*.toml"))
+
+
+def test_there_are_scenarios_of_what_tasks_can_do() -> None:
+    words = ("consistency", "replace-in-transition", "reverse", "force", "stuck", "signal", "fork-exit")
+    assert {f"{word}.toml" for word in (*words, "deadlock", "demo", "refused")} <= set(SCENARIOS)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_the_built_in_scenarios_hold(name: str) -> None:
     outcome = klpemu("run", f"builtin:{name}")
     assert (outcome.status, outcome.err) == (0, "")
