@@ -15,9 +15,10 @@ Every odd line here answers a trait of Unicorn 2.1.4 that was measured, not gues
 
 import ctypes
 import enum
+import struct
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import unicorn as untyped_unicorn
 import unicorn.x86_const as x86
@@ -38,6 +39,7 @@ REGISTERS = (
 _IDS = (ctypes.c_int * len(REGISTERS))(*(getattr(x86, f"UC_X86_REG_{name.upper()}") for name in REGISTERS))
 XMM_COUNT = 16
 _XMM_IDS = (ctypes.c_int * XMM_COUNT)(*(x86.UC_X86_REG_XMM0 + index for index in range(XMM_COUNT)))
+_VALUES = struct.Struct(f"<{len(REGISTERS)}Q")
 _INDEX = {name: index for index, name in enumerate(REGISTERS)}
 
 MSR_EFER = 0xC000_0080
@@ -48,6 +50,7 @@ EFLAGS_FIXED = 1 << 1
 
 INTERRUPT_BREAKPOINT = 3
 INTERRUPT_PAGE_FAULT = 14
+RUNS_KEPT = 16  # as many as the flight recorder shows instructions
 # Room for the translated code of 10,000 redirected functions; with less, each call translates anew.
 TRANSLATION_BUFFER = 128 << 20
 
@@ -61,8 +64,7 @@ class StopKind(enum.Enum):
     FAULT = "exception"
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """Where and why a run ended.  `rip` is past a `hlt` or `int3`, and on the instruction otherwise."""
 
     kind: StopKind
@@ -78,12 +80,16 @@ class VCpu:
         self.number = number
         self.gs_base = gs_base
         self.executed: list[int] = []
+        self.began_at: deque[int] = deque(maxlen=RUNS_KEPT)  # where the last runs began, oldest first
         self.stop_at: int | None = None
         self._interrupt: tuple[int, int] | None = None
         self._values = (ctypes.c_uint64 * len(REGISTERS))()
         self._pointers = (ctypes.c_void_p * len(REGISTERS))(
             *(ctypes.addressof(self._values) + 8 * index for index in range(len(REGISTERS)))
         )
+        self._rip: int | None = None  # where the last run stopped, if nobody has set a register since
+        self._value = ctypes.c_uint64()
+        self._value_at = ctypes.byref(self._value)
         self._xmm = (ctypes.c_ubyte * (16 * XMM_COUNT))()
         self._xmm_pointers = (ctypes.c_void_p * XMM_COUNT)(
             *(ctypes.addressof(self._xmm) + 16 * index for index in range(XMM_COUNT))
@@ -109,11 +115,13 @@ class VCpu:
     def registers(self) -> dict[str, int]:
         """The general registers, RIP and RFLAGS by name."""
         uclib.uc_reg_read_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
-        return dict(zip(REGISTERS, self._values, strict=True))
+        return dict(zip(REGISTERS, _VALUES.unpack(self._values), strict=True))
 
     def set_registers(self, values: Mapping[str, int]) -> None:
         """Set those registers that `values` names, and leave the others as they are."""
-        uclib.uc_reg_read_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
+        if len(values) < len(REGISTERS):
+            uclib.uc_reg_read_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
+        self._rip = None
         for name, value in values.items():
             self._values[_INDEX[name]] = value & 0xFFFF_FFFF_FFFF_FFFF
         uclib.uc_reg_write_batch(self._uc._uch, _IDS, self._pointers, len(REGISTERS))
@@ -125,6 +133,7 @@ class VCpu:
     def reset(self) -> None:
         """Every register as right after long mode was entered: nothing that ran before has a say any more."""
         self._uc.context_restore(self._clean)
+        self._rip = None
         self.set_gs_base(self.gs_base)
 
     def set_gs_base(self, address: int) -> None:
@@ -147,7 +156,11 @@ class VCpu:
     def run(self, count: int) -> Stop:
         """Execute at most `count` instructions from RIP on; every iteration of a `rep` counts, plus one."""
         self._interrupt = None
-        start = self._uc.reg_read(x86.UC_X86_REG_RIP)
+        start = self._rip
+        if start is None:
+            start = self._one_register(x86.UC_X86_REG_RIP)
+        self._rip = None
+        self.began_at.append(start)
         try:
             self._uc.emu_start(start, 0, count=count)
         except unicorn.UcError as error:
@@ -155,10 +168,11 @@ class VCpu:
                 return Stop(StopKind.UNDEFINED, self._uc.reg_read(x86.UC_X86_REG_RIP), vector=6)
             rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
             raise KlpemuError(f"Unicorn cannot go on: {error}", where=f"{rip:#018x}") from error
-        rip = self._uc.reg_read(x86.UC_X86_REG_RIP)
+        rip = self._one_register(x86.UC_X86_REG_RIP)
         if self._interrupt is None:
             # A spent budget and a `hlt` look alike to Unicorn; only the caller's map of exits can tell them
             # apart.
+            self._rip = rip
             return Stop(StopKind.BUDGET, rip)
         vector, address = self._interrupt
         if vector == INTERRUPT_BREAKPOINT:
@@ -181,8 +195,7 @@ class VCpu:
 
     def stack_pointer(self) -> int:
         """RSP, also in the middle of a run."""
-        uclib.uc_reg_read(self._uc._uch, x86.UC_X86_REG_RSP, self._pointers[_INDEX["rsp"]])
-        return self._values[_INDEX["rsp"]]
+        return self._one_register(x86.UC_X86_REG_RSP)
 
     def drop_translations(self, start: int, end: int) -> None:
         """Forget translated code of virtual [start, end): Unicorn does not notice our writes itself."""
@@ -191,6 +204,10 @@ class VCpu:
     def flush_tlb(self) -> None:
         """Forget all address translations, after page table entries have changed."""
         self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+
+    def _one_register(self, identifier: int) -> int:
+        uclib.uc_reg_read(self._uc._uch, identifier, self._value_at)
+        return self._value.value
 
     def _clear_exception(self) -> None:
         registers, vectors, gs_base = self.registers(), self.vectors(), self.gs_base

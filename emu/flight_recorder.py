@@ -15,7 +15,6 @@ What is known begins where guest code was entered last: an export or a breakpoin
 """
 
 import mmap
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,23 +52,19 @@ class FlightRecorder:
         self._machine = machine
         self.enabled = True
         self._entered: dict[VCpu, _Checkpoint] = {}
-        # Where entries of one instruction began, as long as there are no others.
-        self._single: dict[VCpu, deque[int]] = {}
+        self._single: dict[VCpu, int] = {}  # how many entries of one instruction were made since
 
     def checkpoint(self, cpu: VCpu, count: int) -> None:
         """Remember memory and registers, as at most `count` instructions are about to run on `cpu`."""
-        if not self.enabled:
-            self._entered.clear()
-            self._single.clear()
-        elif count == 1:
-            single = self._single.get(cpu)
-            if single is None:
-                single = self._single[cpu] = deque(maxlen=LAST_INSTRUCTIONS)
-            single.append(cpu.register("rip"))
-        else:
-            self._single.pop(cpu, None)
+        if count == 1:
+            self._single[cpu] = self._single.get(cpu, 0) + 1
+            return
+        self._single[cpu] = 0
+        if self.enabled:
             last = self._entered.get(cpu)
             self._entered[cpu] = self._take(cpu, count, None if last is None else last.contents)
+        else:
+            self._entered.pop(cpu, None)
 
     def last_instructions(self, cpu: VCpu, stop: Stop) -> list[int]:
         """Addresses of the last instructions that `cpu` executed before `stop`, oldest first.
@@ -79,8 +74,8 @@ class FlightRecorder:
         tracer = self._machine.tracer
         if cpu is tracer:
             return cpu.executed[-LAST_INSTRUCTIONS:]
-        if cpu in self._single:
-            return list(self._single[cpu])
+        if self.enabled and (single := self._single.get(cpu)):
+            return [*cpu.began_at][-single:]
         if cpu not in self._entered:
             return []
         everything = self._machine.space.arena.in_use()[0]

@@ -384,8 +384,10 @@ class Hub:
                 self._done(task, below, None, error)
             elif isinstance(activity, Service):
                 task.cpu.set_registers({"rax": result or 0})
-        elif isinstance(activity, Program) and error is not None:
-            self.failed(error)
+        elif error is not None:
+            self.sched.forget_preempt_count(task)
+            if isinstance(activity, Program):
+                self.failed(error)
 
     def _raise_failure(self) -> None:
         if self._failures:

@@ -226,6 +226,13 @@ class Scheduler:
             self._sleepers.remove(task)
         task.running, task.queued, task.preempted, task.context = True, False, False, None
         self.rest(task)
+        self.forget_preempt_count(task)
+
+    def forget_preempt_count(self, task: Task) -> None:
+        """Whoever has raised the vCPU's __preempt_count will not lower it any more (make_task_dead())."""
+        if self.rq_of(task).curr is task:
+            at = task.cpu.gs_base + self._preempt_count
+            self._machine.space.write(at, PREEMPT_ENABLED.to_bytes(4, "little"))
 
     def exit(self, task: Task) -> None:
         """The last that a task does: its vCPU goes on without it."""

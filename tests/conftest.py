@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from preemption import UnwinderPoints
 
 from klpemu import stock_kernel as stock
 from klpemu.stock_kernel import StockKernel
+
+# How long an example takes says nothing about whether it is right.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TESTS = Path(__file__).resolve().parent
 POINTS = pytest.StashKey[UnwinderPoints]()

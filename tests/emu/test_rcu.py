@@ -310,6 +310,14 @@ def test_a_task_that_begins_after_the_wait_did_is_not_waited_for(machine: Machin
     assert service.finished
 
 
+@pytest.mark.parametrize("what", [*INTERRUPTS, *CPUS, *TASKS])
+def test_with_nobody_in_the_way_nobody_gives_the_vcpu_up(what: str) -> None:
+    machine = boot()
+    machine.service("first", lambda: None)
+    machine.service("waits", lambda: machine.synchronize(what))
+    assert [event.note for event in machine.events if event.kind is EventKind.SWITCH] == ["swapper/0 -> init"]
+
+
 def test_two_that_wait_do_not_wait_for_each_other() -> None:
     machine = boot(cpus=3)
     machine.hub.schedule = RoundRobin()

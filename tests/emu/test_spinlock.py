@@ -2,13 +2,14 @@
 
 import pytest
 from interleavings import interleavings
-from machines import boot, call, spawn
+from machines import boot, call, spawn, step
 
 from emu.hub import RunToCompletion
 from emu.machine import Machine
 from emu.memory import read_u32
-from emu.schedules import Explicit
+from emu.schedules import Explicit, RoundRobin
 from emu.spinlock import spin_locked
+from emu.traps import GuestFault
 
 
 def preempt_count(machine: Machine) -> int:
@@ -110,3 +111,35 @@ def test_an_abandoned_service_releases_what_it_holds_without_waiting_for_anybody
     machine.hub.abandon(first)
     machine.hub.schedule = RunToCompletion()
     assert machine.call(machine.symbol("area_of"), 3, 4) == 7
+
+
+@pytest.mark.parametrize("kthread", [False, True])
+def test_a_task_that_faults_with_a_lock_held_leaves_its_vcpu_preemptible(kthread: bool) -> None:
+    """make_task_dead() sets preempt_count to what it is where nothing is held; the lock stays as it is."""
+    machine = boot()
+    machine.hub.schedule = RoundRobin()
+    lock = machine.slab.kzalloc(4, "raw_spinlock_t")
+    count = preempt_count(machine)
+    task = spawn(machine, "task", step("sleep", 4000), kthread=kthread)
+
+    def body() -> None:
+        machine.hub.call_guest(machine.symbol("_raw_spin_lock"), lock)
+        assert preempt_count(machine) == count + 1
+        machine.hub.call_guest(machine.symbol("jump_nowhere"))
+
+    machine.hub.serve(task, "faults", body)
+    with pytest.raises(GuestFault):
+        machine.run(lambda: False, 20)
+    assert preempt_count(machine) == count
+    assert read_u32(machine.space, lock) == 1
+
+
+def test_an_abandoned_task_gives_back_only_its_own_vcpus_count(machine: Machine) -> None:
+    machine.hub.schedule = RoundRobin()
+    sleeper = spawn(machine, "sleeper", call(machine, "nap", 4000))
+    machine.run(lambda: False, 4)
+    at = machine.cpus[0].gs_base + machine.vmlinux.symbols["__preempt_count"]
+    machine.space.write(at, (preempt_count(machine) + 1).to_bytes(4, "little"))
+    raised = preempt_count(machine)
+    machine.hub.abandon(sleeper)
+    assert preempt_count(machine) == raised

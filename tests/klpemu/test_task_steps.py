@@ -307,7 +307,8 @@ def test_a_task_that_is_only_ever_preempted_holds_no_step_up_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between two system calls it is in user space for a moment; a grace period must not miss that."""
-    monkeypatch.setattr("emu.hub.PATIENCE", 10 * HZ)
+    monkeypatch.setattr("emu.hub.PATIENCE", HZ)
     tasks = {"busy": DeclaredTask("busy", ("crunch(3000)",), repeat=None)}
     runner = StepRunner(Scenario(full_preemption=True, patches={"fix_steps": FIX_NAP}, tasks=tasks))
-    assert [runner.perform(step).report.findings for step in STEPS[1:]] == [()] * 4
+    for step in STEPS[1:]:
+        assert runner.perform(step).report.findings == ()

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from interleavings import explore
 from livepatches import Raw
+from shadow_orders import explore
 from shadow_table import HEADER, neighbours, variables
 
 from emu.hub import RunToCompletion

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from interleavings import explore
 from livepatches import Raw
+from shadow_orders import explore
 from shadow_table import HEADER, neighbours, variables
 
 from elf.errors import KlpemuError
