@@ -24,7 +24,7 @@ from elf.section import (
 )
 from elf.symbols import SHN_XINDEX, Symbol, read_symbols
 
-__all__ = ["ET_DYN", "ET_EXEC", "ET_REL", "Image", "Section"]
+__all__ = ["ET_DYN", "ET_EXEC", "ET_REL", "Image", "Section", "file_bytes"]
 
 ET_REL: Final = 1
 ET_EXEC: Final = 2
@@ -33,6 +33,24 @@ ET_DYN: Final = 3
 EM_X86_64: Final = 62
 
 _HEADER: Final = Struct("<4sBBBxxxxxxxxxHHIQQQIHHHHHH")
+
+
+def file_bytes(path: str | os.PathLike[str], advice: str) -> tuple[bytes, str]:
+    """The bytes of the regular file `path`, and the name messages have for it.
+
+    Raises `ElfError` if it cannot be read or is no regular file; `advice` says what to give instead.
+    """
+    name = os.fspath(path)
+    try:
+        # A FIFO would block, and a device may never end.
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise ElfError("not a regular file", where=name, advice=advice)
+        with open(name, "rb") as file:
+            return file.read(), name
+    except OSError as error:
+        raise ElfError(f"cannot be read: {error.strerror or error}", where=name) from error
+    except (MemoryError, OverflowError, ValueError) as error:
+        raise ElfError(f"cannot be read: {error or 'too large'}", where=repr(name)) from error
 
 
 class Image:
@@ -55,18 +73,7 @@ class Image:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Read and parse the regular file `path`; `ElfError` if it cannot be read or is no such file."""
-        name = os.fspath(path)
-        try:
-            # A FIFO would block, and a device may never end.
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                raise ElfError("not a regular file", where=name, advice="give the path of an ELF file")
-            with open(name, "rb") as file:
-                data = file.read()
-        except OSError as error:
-            raise ElfError(f"cannot be read: {error.strerror or error}", where=name) from error
-        except (MemoryError, OverflowError, ValueError) as error:
-            raise ElfError(f"cannot be read: {error or 'too large'}", where=repr(name)) from error
-        return cls(data, name)
+        return cls(*file_bytes(path, "give the path of an ELF file"))
 
     @classmethod
     def parse(cls, data: bytes, path: str = "<bytes>") -> Self:
@@ -77,6 +84,11 @@ class Image:
     def is_relocatable(self) -> bool:
         """ET_REL: an object or a module, whose sections have no addresses yet."""
         return self.type == ET_REL
+
+    @property
+    def is_signed(self) -> bool:
+        """A signature is appended to it (MODULE_SIG_STRING of include/linux/module_signature.h)."""
+        return self._data.endswith(b"~Module signature appended~\n")
 
     def section(self, name: str) -> Section | None:
         """The first section called `name`, as the kernel's find_sec() chooses (kernel/module/main.c)."""

@@ -6,13 +6,14 @@ gcc's -mrecord-mcount writes it.  `__patchable_function_entries` has the same fo
 
 import enum
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import Final
 
 from elf.errors import ElfError
 from elf.image import ET_DYN, Image, Section
+from elf.kernel_symbols import KernelSymbols
 from elf.relocation import (
     R_X86_64_64,
     R_X86_64_PC32,
@@ -33,6 +34,8 @@ CALL_OPCODE: Final = 0xE8
 SINGLE_NOPS: Final = b"\x90" * SITE_BYTES
 
 _ADDRESS: Final = Struct("<Q")
+_FENTRY: Final = "__fentry__"
+_BOUNDS: Final = ("__start_mcount_loc", "__stop_mcount_loc")
 
 
 class SiteKind(enum.Enum):
@@ -62,10 +65,15 @@ class Site:
     reason: str = ""
 
 
-def fentry_sites(image: Image) -> list[Site]:
-    """The sites of `__mcount_loc` in table order; an image without that table has none."""
-    places = list(_places(image, _tables(image, "__mcount_loc", ("__start_mcount_loc", "__stop_mcount_loc"))))
-    classify = _Classifier(image, {section.index for section, _ in places})
+def fentry_sites(image: Image, symbols: KernelSymbols | None = None) -> list[Site]:
+    """The sites of `__mcount_loc` in table order; an image without that table has none.
+
+    `symbols` are those of a stripped kernel image, which cannot say itself where the table and `__fentry__`
+    are.
+    """
+    known = _known_addresses(image, symbols)
+    places = list(_places(image, _tables(image, "__mcount_loc", known)))
+    classify = _Classifier(image, {section.index for section, _ in places}, known[_FENTRY])
     sites = []
     for section, offset in places:
         code = image.contents(section)[offset : offset + SITE_BYTES].tobytes()
@@ -139,12 +147,12 @@ def _sweep(addresses: list[int], symbols: list[Symbol]) -> Iterator[tuple[int, t
 class _Classifier:
     """Decides the kind of a site; knows what the relocations and `__fentry__` of its image say."""
 
-    def __init__(self, image: Image, code_sections: set[int]) -> None:
+    def __init__(self, image: Image, code_sections: set[int], fentry_addresses: set[int]) -> None:
         self.image = image
-        fentry = [symbol for symbol in image.symbols if symbol.name == "__fentry__"]
-        self.fentry_addresses = {symbol.value for symbol in fentry if symbol.is_defined}
+        self.fentry_addresses = fentry_addresses
         self.calls: dict[int, set[int]] = {}
         if image.is_relocatable:
+            fentry = [symbol for symbol in image.symbols if symbol.name == _FENTRY]
             infos = {
                 symbol.index << 32 | kind for symbol in fentry for kind in (R_X86_64_PC32, R_X86_64_PLT32)
             }
@@ -202,19 +210,32 @@ def _offsets_of(image: Image, section: Section, infos: set[int], wanted: int) ->
                 yield offset
 
 
-def _tables(image: Image, name: str, bounds: tuple[str, str] | None = None) -> list[tuple[Section, int, int]]:
+def _known_addresses(image: Image, symbols: KernelSymbols | None) -> dict[str, set[int]]:
+    """The addresses of `__fentry__` and of the bounds of vmlinux's table; empty for what is not there."""
+    names = (_FENTRY, *_BOUNDS)
+    if symbols is not None:
+        return {name: set(symbols.addresses_of(name)) for name in names}
+    known: dict[str, set[int]] = {name: set() for name in names}
+    for symbol in image.symbols:
+        if symbol.name in known and symbol.is_defined:
+            known[symbol.name].add(symbol.value)
+    return known
+
+
+def _tables(
+    image: Image, name: str, known: Mapping[str, set[int]] | None = None
+) -> list[tuple[Section, int, int]]:
     """The pieces of a site table: a section and the range of it, in bytes from its start."""
     sections = [section for section in image.sections_named(name) if len(image.contents(section))]
-    if sections or bounds is None:
+    if sections or known is None:
         return [(section, 0, section.size) for section in sections]
     # vmlinux keeps the table inside .init.data, between two symbols of its linker script.
-    values = {symbol.name: symbol.value for symbol in image.symbols if symbol.name in bounds}
-    start, stop = values.get(bounds[0], 0), values.get(bounds[1], 0)
+    start, stop = (max(known[bound], default=0) for bound in _BOUNDS)
     if image.is_relocatable or not 0 < start < stop:
         return []
     holder = image.section_at(start)
     if holder is None or stop - holder.address > len(image.contents(holder)):
-        raise ElfError(f"{start:#x} to {stop:#x} is in no section", where=image.place(" to ".join(bounds)))
+        raise ElfError(f"{start:#x} to {stop:#x} is in no section", where=image.place(" to ".join(_BOUNDS)))
     return [(holder, start - holder.address, stop - holder.address)]
 
 

@@ -7,6 +7,7 @@ Entry i holds from address i up to the next one.  An address is stored as the di
 import bisect
 import struct
 from dataclasses import dataclass
+from operator import lt
 
 from elf.errors import ElfError
 from elf.unwind_row import FrameBase, FrameKind, UnwindRow
@@ -54,14 +55,18 @@ def read_orc(ips: bytes, entries: bytes, address: int) -> OrcTable:
             f".orc_unwind_ip has {len(ips)} bytes and .orc_unwind {len(entries)}",
             advice=f"each entry takes 4 bytes in the one and {_ENTRY.size} in the other",
         )
-    table = sorted(
-        ((address + 4 * index + distance) % 2**64, index)
+    addresses = [
+        (address + 4 * index + distance) % 2**64
         for index, (distance,) in enumerate(struct.iter_unpack("<i", ips))
-    )
+    ]
     decoded = list(_ENTRY.iter_unpack(entries))
-    # A section's terminator counts less than a real entry at the same address (orc_sort_cmp()).
-    table.sort(key=lambda item: (item[0], not _is_terminator(decoded[item[1]])))
-    return OrcTable([ip for ip, _ in table], [decoded[index] for _, index in table])
+    if not all(map(lt, addresses, addresses[1:])):  # a linked image's are sorted but for some that are equal
+        # A section's terminator counts less than a real entry at the same address (orc_sort_cmp()).
+        order = sorted(
+            range(len(addresses)), key=lambda index: (addresses[index], not _is_terminator(decoded[index]))
+        )
+        addresses, decoded = [addresses[index] for index in order], [decoded[index] for index in order]
+    return OrcTable(addresses, decoded)
 
 
 def _is_terminator(entry: tuple[int, int, int]) -> bool:

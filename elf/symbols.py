@@ -22,6 +22,7 @@ __all__ = [
     "STT_NOTYPE",
     "STT_OBJECT",
     "STT_SECTION",
+    "SYMBOL_BYTES",
     "Symbol",
     "read_symbols",
     "select",

@@ -12,6 +12,7 @@ from hypothesis import settings
 from preemption import UnwinderPoints
 
 from klpemu import stock_kernel as stock
+from klpemu.livepatch_modules import LivepatchModules
 from klpemu.stock_kernel import StockKernel
 
 # How long an example takes says nothing about whether it is right.
@@ -63,6 +64,14 @@ def stock_kernel() -> StockKernel:
     kernel = stock.find()
     assert kernel is not None, "a test that uses stock_kernel must be marked real"
     return kernel
+
+
+@pytest.fixture(scope="session")
+def livepatch_modules(stock_kernel: StockKernel) -> LivepatchModules:
+    """The kernel's own livepatch test modules and samples, built for the stock kernel; skips without them."""
+    if why_not := stock_kernel.livepatch.why_not:
+        pytest.skip(why_not)
+    return stock_kernel.livepatch
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from objects import compiled, each_built, run
 
 from elf.errors import ElfError
 from elf.image import Image
+from elf.kernel_symbols import KernelSymbols
 from elf.mcount import SiteKind, fentry_sites, function_names, functions_at, patchable_sites
 
 CALL = bytes.fromhex("e800000000")
@@ -197,6 +198,21 @@ def test_vmlinux_has_its_table_between_two_symbols() -> None:
     beyond = (bounds[0], ("__stop_mcount_loc", data_at + 40))
     with pytest.raises(ElfError, match=r"__start_mcount_loc to __stop_mcount_loc: .* is in no section"):
         fentry_sites(linked(NOP5 * 2, *beyond, more=(holder,)))
+
+
+def test_a_stripped_vmlinux_has_its_table_where_the_symbols_given_say() -> None:
+    data_at = TEXT_AT + 0x1000
+    holder = Section(".init.data", pack("<4Q", 99, TEXT_AT, TEXT_AT + 5, 99), address=data_at)
+    image = linked(call_from(0, TEXT_AT + 0x40) + call_from(5, TEXT_AT), more=(holder,))
+    given = KernelSymbols.sorted(
+        [
+            ("__fentry__", "T", TEXT_AT + 0x40),
+            ("__start_mcount_loc", "D", data_at + 8),
+            ("__stop_mcount_loc", "D", data_at + 24),
+        ]
+    )
+    assert fentry_sites(image) == []
+    assert [site.kind for site in fentry_sites(image, given)] == [SiteKind.CALL, SiteKind.OTHER]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-BUILT = sorted((Path(__file__).parents[2] / "fixtures" / "build").glob("*.o"))
+BUILT = sorted((Path(__file__).parents[1] / "fixtures" / "build").glob("*.o"))
 BUILT_IDS = [path.name for path in BUILT]
 
 KERNEL_FLAGS = (
