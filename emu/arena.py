@@ -19,7 +19,11 @@ MAP_NORESERVE = 0x4000
 
 
 class Arena:
-    """`size` bytes of physical memory; a physical address is an offset into it."""
+    """`size` bytes of physical memory; a physical address is an offset into it.
+
+    `image_data` are the data of a linked kernel image: megabytes that guest code can write, and hardly does.
+    They lie apart, so that the flight recorder need not copy them whenever guest code is entered.
+    """
 
     def __init__(self, size: int = ARENA_SIZE) -> None:
         self.size = size
@@ -27,6 +31,7 @@ class Arena:
         self.host_address = ctypes.addressof(ctypes.c_char.from_buffer(self.bytes))
         self._writable_end = PAGE_SIZE  # frame 0 stays unused: physical address 0 is nobody's
         self._image_start = size
+        self.image_data: list[range] = []
         self._free: list[int] = []
         self._free_images: list[int] = []
 
@@ -51,6 +56,12 @@ class Arena:
         self._image_start -= count * PAGE_SIZE
         return self._image_start
 
+    def data_frames(self, count: int) -> int:
+        """Physical address of `count` contiguous zeroed frames for a linked image's data."""
+        frame = self.image_frames(count)
+        self.image_data.append(range(frame, frame + count * PAGE_SIZE))
+        return frame
+
     def release(self, frame: int) -> None:
         """Give back one frame to the pool it came from."""
         (self._free_images if frame >= self._image_start else self._free).append(frame)
@@ -61,11 +72,16 @@ class Arena:
 
     def checkpoint(self) -> bytes:
         """A copy of everything the guest can write."""
-        return self.bytes[: self._writable_end]
+        kept = [self.bytes[: self._writable_end], *(self.bytes[at.start : at.stop] for at in self.image_data)]
+        return b"".join(kept) if len(kept) > 1 else kept[0]
 
     def restore(self, checkpoint: bytes) -> None:
         """Make the writable memory what it was at the checkpoint; no frame may have been handed out since."""
-        self.bytes[: len(checkpoint)] = checkpoint
+        end = len(checkpoint)
+        for at in reversed(self.image_data):
+            self.bytes[at.start : at.stop] = checkpoint[end - len(at) : end]
+            end -= len(at)
+        self.bytes[:end] = checkpoint[:end]
 
     def _check(self, count: int) -> None:
         """Raise before anything is handed out, so that a refused request leaves the pools as they were."""

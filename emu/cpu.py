@@ -141,6 +141,15 @@ class VCpu:
         self.gs_base = address
         self._uc.reg_write(x86.UC_X86_REG_GS_BASE, address)
 
+    def context(self) -> Any:
+        """All that a CPU has: whatever it is that Unicorn saves."""
+        return self._uc.context_save()
+
+    def set_context(self, context: Any) -> None:
+        """Every register as it was when `context()` gave this."""
+        self._uc.context_restore(context)
+        self._rip = None
+
     def vectors(self) -> bytes:
         """xmm0 to xmm15, 16 bytes each."""
         uclib.uc_reg_read_batch(self._uc._uch, _XMM_IDS, self._xmm_pointers, XMM_COUNT)
@@ -192,6 +201,25 @@ class VCpu:
 
         self._uc.hook_add(unicorn.UC_HOOK_BLOCK, hook)
         self._uc.ctl_flush_tb()  # blocks that were translated before have no call of the hook in them
+
+    def watch_memory(
+        self, fetched: Callable[[int, int], None], accessed: Callable[[bool, int, int], None]
+    ) -> None:
+        """Tell, for good, what guest code fetches and accesses; it becomes ten times as slow.
+
+        `fetched` gets the virtual address and the size of each instruction that is about to run, `accessed`
+        whether it writes, the *physical* address (what Unicorn's memory hooks report) and the size.
+        """
+
+        def on_code(_uc: Any, address: int, size: int, _data: Any) -> None:
+            fetched(address, size)
+
+        def on_access(_uc: Any, kind: int, address: int, size: int, _value: int, _data: Any) -> None:
+            accessed(kind == unicorn.UC_MEM_WRITE, address, size)
+
+        self._uc.hook_add(unicorn.UC_HOOK_CODE, on_code)
+        self._uc.hook_add(unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE, on_access)
+        self._uc.ctl_flush_tb()
 
     def stack_pointer(self) -> int:
         """RSP, also in the middle of a run."""

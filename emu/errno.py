@@ -8,11 +8,15 @@ __all__ = ["KernelErrno", "errno_name"]
 
 
 class KernelErrno(KlpemuError):  # noqa: N818
-    """A kernel function returned an error; `number` is positive, `name` is `EBUSY`, `EINVAL`, …"""
+    """A kernel function returned an error; `number` is positive, `name` is `EBUSY`, `EINVAL`, …
+
+    `reason` is what was found, without the errno's name behind it.
+    """
 
     def __init__(self, number: int, what: str, *, where: str = "", advice: str = "") -> None:
         self.number = number
         self.name = errno_name(number)
+        self.reason = what
         super().__init__(f"{what} (-{self.name})", where=where, advice=advice)
 
 

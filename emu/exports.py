@@ -8,10 +8,12 @@ naming the caller.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING
 
 from elf.errors import KlpemuError
 from emu.assembly import Code
+from emu.errno import KernelErrno
 from emu.list import LIST_POISON1, LIST_POISON2
 from emu.memory import read_string
 from emu.traps import ARGUMENTS, Export
@@ -154,6 +156,7 @@ def export(function: Callable[..., int | None]) -> Export:
     """Enter a function into EXPORTS; it gets the machine and as many integer arguments as it names."""
     count = function.__code__.co_argcount - 1
 
+    @wraps(function)
     def answer(machine: "Machine", registers: dict[str, int]) -> int | None:
         return function(machine, *(registers[name] for name in ARGUMENTS[:count]))
 
@@ -170,15 +173,20 @@ def __stack_chk_fail(machine: "Machine") -> None:
 @export
 def __kmalloc(machine: "Machine", size: int, flags: int) -> int:
     """Allocate from the slab; the flags are ignored but for __GFP_ZERO."""
-    allocate = machine.slab.kzalloc if flags & GFP_ZERO else machine.slab.kmalloc
-    return allocate(size, f"__kmalloc by {machine.caller()}")
+    return _allocate(machine, size, flags, f"__kmalloc by {machine.caller()}")
 
 
 @export
 def kmalloc_trace(machine: "Machine", _cache: int, flags: int, size: int) -> int:
     """As __kmalloc: there are no caches, and nothing is traced."""
-    allocate = machine.slab.kzalloc if flags & GFP_ZERO else machine.slab.kmalloc
-    return allocate(size, f"kmalloc by {machine.caller()}")
+    return _allocate(machine, size, flags, f"kmalloc by {machine.caller()}")
+
+
+def _allocate(machine: "Machine", size: int, flags: int, tag: str) -> int:
+    try:
+        return (machine.slab.kzalloc if flags & GFP_ZERO else machine.slab.kmalloc)(size, tag)
+    except KernelErrno:
+        return 0
 
 
 @export
@@ -225,12 +233,3 @@ def fortify_panic(machine: "Machine", name: int) -> None:
     raise KlpemuError(
         f"detected buffer overflow in {read_string(machine.space, name)}", where=machine.caller()
     )
-
-
-@export
-def _printk(machine: "Machine", text: int) -> int:
-    """Append the format string to the log as it is; conversions are not carried out."""
-    line = read_string(machine.space, text)
-    message = line[2:] if line.startswith("\x01") else line  # KERN_SOH and a level (printk_get_level())
-    machine.log.pr_info(message.rstrip("\n"))
-    return len(line)

@@ -58,7 +58,8 @@ class Ftrace:
         pages = (GuestVariable(memory, address_of(name)) for name in ("ftrace_pages_start", "ftrace_pages"))
         self.records = DynFtrace(layouts, memory, slab, *pages)
         self._code = FtraceCode(memory, kallsyms, poker, log, synchronize, self.ops_list)
-        self.disabled = self._code.disabled
+        self.disabled, self.enabled = self._code.disabled, self._code.enabled
+        self._last_enabled = True  # last_ftrace_enabled
         self._accounting = Accounting(self.records, self.ops_list, kallsyms, self._code.kill)
 
     # Registration.
@@ -120,6 +121,39 @@ class Ftrace:
     def ftrace_release_mod(self, addresses: Iterable[int]) -> None:
         """Forget the sites of an object that goes."""
         self.records.release(list(addresses))
+
+    # kernel.ftrace_enabled.
+
+    def ftrace_enabled(self) -> int:
+        """What the sysctl shows; ENODEV after an ftrace bug."""
+        self._check_alive()
+        return self.enabled.get()
+
+    def ftrace_enable_sysctl(self, value: int) -> None:
+        """Switch all calls on (not 0) or off (0); EBUSY for off while an ops is PERMANENT, as all of
+        livepatch are.
+
+        Off, no such ops can be registered; others can be, and are called once it is on again.
+        """
+        self._check_alive()
+        self.enabled.set(value)
+        if self._last_enabled == bool(value):
+            return
+        if value:
+            if self.ops_list.first.get() != self.ops_list.end:
+                self._code.update_ftrace_function()
+            if self.start_up.get():
+                self._code.startup_sysctl(list(self.records))
+        else:
+            if any(ops.flags & FtraceOpsFl.PERMANENT for ops in self.ops_list):
+                self.enabled.set(1)
+                raise KernelErrno(
+                    errno.EBUSY, "ftrace has a permanent user", advice="disable the livepatches first"
+                )
+            self._code.trace_function.set(self._code.stub)
+            if self.start_up.get():
+                self._code.shutdown_sysctl(list(self.records))
+        self._last_enabled = bool(value)
 
     # enabled_functions.
 
@@ -261,11 +295,17 @@ class Ftrace:
     def _move_hash(self, ops: Any, old: Any, wanted: set[int]) -> None:
         """ftrace_hash_move_and_update_ops(): a new filter; a registered ops' records and text follow."""
         before = set() if hash_is_empty(old) else {entry.ip for entry in entries(old)}
-        self._accounting.ipmodify_update(ops, before, wanted)
         hashes = self.ops_list.hashes(ops)
         old_hash = hashes.filter_hash, hashes.notrace_hash
         empty = self._kallsyms.address_of("empty_hash")
-        new = alloc_ftrace_hash(self._layouts, self._slab, self._memory, wanted).address_ if wanted else empty
+        made = alloc_ftrace_hash(self._layouts, self._slab, self._memory, wanted) if wanted else None
+        try:
+            self._accounting.ipmodify_update(ops, before, wanted)
+        except KernelErrno:
+            if made is not None:
+                free_ftrace_hash(self._slab, made)
+            raise
+        new = made.address_ if made is not None else empty
         registered = bool(ops.flags & FtraceOpsFl.ENABLED)
         sites = self._sites(ops) if registered else set()
         self._accounting.hash_rec_update(ops, increment=False)

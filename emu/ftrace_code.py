@@ -102,6 +102,15 @@ class FtraceCode:
             self._removed = None
         ops.flags = ops.flags & ~FtraceOpsFl.REMOVING
 
+    def startup_sysctl(self, records: Sequence[Any]) -> None:
+        """ftrace_startup_sysctl(): ftrace is enabled again; the sites of all `records` follow."""
+        self._saved_func = 0  # the common trampolines follow, too
+        self.startup_enable(records)
+
+    def shutdown_sysctl(self, records: Sequence[Any]) -> None:
+        """ftrace_shutdown_sysctl(): every site becomes a NOP; the common trampolines keep their calls."""
+        self._replace_code(records, enable=False)
+
     def modify(self, ops: Any, old_hash: tuple[int, int], records: Sequence[Any]) -> None:
         """ftrace_run_modify_code(): (filter, notrace) `old_hash` is what a registered ops had until now."""
         if not self.enabled.get():
@@ -140,11 +149,11 @@ class FtraceCode:
         for ip in self._calls:
             self._poker.text_poke_bp(ip, text_gen_insn(CALL_OPCODE, ip, func))
 
-    def _replace_code(self, records: Sequence[Any]) -> None:
+    def _replace_code(self, records: Sequence[Any], *, enable: bool = True) -> None:
         """ftrace_replace_code(): verify every site first, then poke them as batches."""
         needed = []
         for record in records:
-            need = ftrace_check_record(record, update=False)
+            need = ftrace_check_record(record, update=False, enable=enable)
             if need is Update.IGNORE:
                 continue
             ip = record.ip
@@ -161,7 +170,7 @@ class FtraceCode:
         ]
         for (record, ip, _), text in zip(needed, new, strict=True):
             self._poker.text_poke_queue(ip, text)
-            ftrace_check_record(record, update=True)
+            ftrace_check_record(record, update=True, enable=enable)
         self._poker.text_poke_finish()
 
     def _addr_new(self, record: Any) -> int:

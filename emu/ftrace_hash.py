@@ -7,6 +7,7 @@ The list function looks into it with guest code, so the bucket of an address is 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from emu.errno import KernelErrno
 from emu.ftrace_64 import GOLDEN_RATIO_64
 from emu.slab import Slab
 from emu.view import Layouts
@@ -35,26 +36,34 @@ def alloc_ftrace_hash(layouts: Layouts, slab: Slab, memory: Any, addresses: Iter
     wanted = sorted(set(addresses))
     bits = min((len(wanted) // 2).bit_length(), FTRACE_HASH_MAX_BITS)
     found = layouts.view("ftrace_hash", memory, slab.kzalloc(layouts.sizeof("ftrace_hash"), "ftrace_hash"))
-    found.size_bits = bits
-    found.buckets = slab.kzalloc(8 << bits, "ftrace_hash buckets")
-    size = layouts.sizeof("ftrace_func_entry")
-    for ip in wanted:
-        entry = layouts.view("ftrace_func_entry", memory, slab.kzalloc(size, "ftrace_func_entry"))
-        entry.ip = ip
-        bucket = layouts.view("hlist_head", memory, found.buckets + 8 * hash_key(bits, ip))
-        first = bucket.first
-        entry.hlist.next = first
-        entry.hlist.pprev = bucket.address_
-        if first:
-            layouts.view("hlist_node", memory, first).pprev = entry.hlist.address_
-        bucket.first = entry.hlist.address_
+    try:
+        found.size_bits = bits
+        found.buckets = slab.kzalloc(8 << bits, "ftrace_hash buckets")
+        for ip in wanted:
+            _add_hash_entry(layouts, slab, memory, found, ip)
+    except KernelErrno:
+        free_ftrace_hash(slab, found)
+        raise
     found.count = len(wanted)
     return found
 
 
+def _add_hash_entry(layouts: Layouts, slab: Slab, memory: Any, found: Any, ip: int) -> None:
+    size = layouts.sizeof("ftrace_func_entry")
+    entry = layouts.view("ftrace_func_entry", memory, slab.kzalloc(size, "ftrace_func_entry"))
+    entry.ip = ip
+    bucket = layouts.view("hlist_head", memory, found.buckets + 8 * hash_key(found.size_bits, ip))
+    first = bucket.first
+    entry.hlist.next = first
+    entry.hlist.pprev = bucket.address_
+    if first:
+        layouts.view("hlist_node", memory, first).pprev = entry.hlist.address_
+    bucket.first = entry.hlist.address_
+
+
 def free_ftrace_hash(slab: Slab, found: Any) -> None:
     """Free a hash with its buckets and entries."""
-    for entry in list(entries(found)):
+    for entry in list(entries(found)) if found.buckets else ():
         slab.kfree(entry.address_)
     slab.kfree(found.buckets)
     slab.kfree(found.address_)

@@ -18,6 +18,9 @@ from emu.kallsyms import Kallsyms
 __all__ = ["Accounting", "FtraceBug", "Update", "ftrace_check_record"]
 
 
+_EN_FLAGS = FtraceFl.ENABLED | FtraceFl.REGS_EN | FtraceFl.TRAMP_EN | FtraceFl.DIRECT_EN
+
+
 class Update(enum.Enum):
     """What a site needs (FTRACE_UPDATE_*), and what ftrace_bug() says it was doing then."""
 
@@ -155,13 +158,17 @@ def skip_record(flags: int) -> bool:
     return bool(flags & FtraceFl.DISABLED) and not flags & FtraceFl.ENABLED
 
 
-def ftrace_check_record(record: Any, *, update: bool) -> Update:
-    """What the site needs when calls are enabled; with `update` the record's _EN flags follow."""
+def ftrace_check_record(record: Any, *, update: bool, enable: bool = True) -> Update:
+    """What the site needs; with `update` the record's _EN flags follow.
+
+    Without `enable` all calls are being switched off (kernel.ftrace_enabled); who wants the site stays
+    counted.
+    """
     flags = record.flags
     if skip_record(flags):
         return Update.IGNORE
     count = ftrace_rec_count(flags)
-    change = _changed(flags, count) if count else 0
+    change = _changed(flags, count) if enable and count else 0
     if (flags & FtraceFl.ENABLED) == change:
         return Update.IGNORE
     if change:
@@ -170,7 +177,7 @@ def ftrace_check_record(record: Any, *, update: bool) -> Update:
             record.flags = _enabled_flags(flags, change, count)
         return Update.MAKE_CALL if change & FtraceFl.ENABLED else Update.MODIFY_CALL
     if update:
-        record.flags = flags & FtraceFl.DISABLED
+        record.flags = flags & ~_EN_FLAGS if count else flags & FtraceFl.DISABLED
     return Update.MAKE_NOP
 
 

@@ -233,6 +233,13 @@ class Hub:
     def abandon(self, task: Task) -> None:
         """Drop all that a task was doing, after an error that nothing can go on from."""
         torn = task.in_guest
+        self.drop_services(task)
+        if torn:
+            self._traps.abandoned(task)
+        self.sched.abandon(task)
+
+    def drop_services(self, task: Task) -> None:
+        """Drop what the task is doing; its services end where they wait."""
         abandoned, task.activities = task.activities, []
         for activity in reversed(abandoned):
             if isinstance(activity, Service) and activity.coroutine:
@@ -242,9 +249,6 @@ class Hub:
                 with suppress(KlpemuError):
                     activity.coroutine.throw(greenlet.GreenletExit)
                 self._current = None
-        if torn:
-            self._traps.abandoned(task)
-        self.sched.abandon(task)
 
     # Doors, called from inside a service.
 

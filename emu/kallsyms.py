@@ -5,16 +5,15 @@ same object or to the end of the section it lies in (`find_kallsyms_symbol()` of
 """
 
 import bisect
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from elf.symbols import select
 
 __all__ = ["Kallsyms", "Ksym"]
 
 
-@dataclass(frozen=True, slots=True)
-class Ksym:
+class Ksym(NamedTuple):
     """One symbol; `module` is "" for vmlinux.  `is_function` is what the ELF symbol type said."""
 
     name: str
@@ -78,6 +77,10 @@ class Kallsyms:
     def modules(self) -> Iterator[str]:
         """Names of the objects that have symbols, vmlinux as ""."""
         return iter(self._objects)
+
+    def symbols(self, module: str = "") -> Sequence[Ksym]:
+        """All symbols of one object, in sympos order."""
+        return self._objects[module]
 
     def named(self, name: str, module: str = "") -> list[Ksym]:
         """All symbols of that name in one object, in sympos order."""

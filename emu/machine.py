@@ -7,10 +7,27 @@ from typing import Any
 
 from elf.image import Image
 from elf.layout import struct_layouts
-from elf.mcount import fentry_sites
-from emu import mutex, sleep, wait
+from emu import (
+    exec,
+    meminfo,
+    module_procfs,
+    module_sysfs,
+    mutex,
+    param_ops,
+    printk,
+    seq_file,
+    sleep,
+    string,
+    timer_list,
+    vsprintf,
+    wait,
+    work_struct,
+)
+from emu.alternative import cpu_wants_rethunk_at
 from emu.arena import ARENA_SIZE, Arena
+from emu.bug import Bugs
 from emu.cpu import VCpu
+from emu.cpu_features import CPUS, Cpu
 from emu.entry import exit_to_user_mode_loop as exit_loop
 from emu.entry import exit_work
 from emu.events import EventKind, EventTrace
@@ -20,8 +37,13 @@ from emu.fork import Stacks, fork_idle, new_task
 from emu.ftrace import Ftrace
 from emu.hub import Hub
 from emu.kallsyms import Kallsyms
-from emu.module import LoadedObject, ModuleLoader, convert_sites, refuse_bad_sites, texts_of
+from emu.kernfs import Kernfs
+from emu.kobject import Kobjects
+from emu.memory import PAGE_SIZE
+from emu.mitigations import select_mitigations
+from emu.module import LoadedObject, ModuleLoader, texts_of
 from emu.module_area import ModuleArea
+from emu.mounts import mount_filesystems
 from emu.paging import Access, AddressSpace
 from emu.percpu import PerCpu
 from emu.placement import Placement
@@ -29,10 +51,13 @@ from emu.printk import Printk
 from emu.rcu import synchronize
 from emu.sched import Scheduler
 from emu.slab import Slab
+from emu.start_kernel import ImageText, LinkedImage, place_linked, setup_per_cpu_areas, texts_in
 from emu.switch_to import INTERRUPT_STUB, StackFrames
 from emu.task import Activity, Service, Task
+from emu.text_at_load import TextAtLoad, alternative_instructions, module_finalize
 from emu.text_poke import TextPoker
 from emu.timer import Timers
+from emu.timer_list import GuestTimers
 from emu.trampoline import Trampolines
 from emu.traps import GuestTraps
 from emu.unwind import Unwinder
@@ -43,7 +68,20 @@ from emu.workqueue import Workqueue
 __all__ = ["EXPORTING", "Machine", "SharedMemory"]
 
 # Modules whose functions enter themselves into EXPORTS.
-EXPORTING = (mutex, sleep, wait)
+EXPORTING = (
+    exec,
+    meminfo,
+    mutex,
+    param_ops,
+    printk,
+    seq_file,
+    sleep,
+    string,
+    timer_list,
+    vsprintf,
+    wait,
+    work_struct,
+)
 
 
 class SharedMemory:
@@ -82,6 +120,16 @@ class SharedMemory:
             self._events.record(EventKind.STORE, address, before, after)
         return value
 
+    def fetch_add(self, address: int, count: int) -> int:
+        """Add to the 32-bit word, nobody in between; returns what it was (lock xadd)."""
+        self._hub.door("fetch_add", address)
+        before = self._space.read(address, 4)
+        value = int.from_bytes(before, "little")
+        after = ((value + count) % (1 << 32)).to_bytes(4, "little")
+        self._space.write(address, after)
+        self._events.record(EventKind.STORE, address, before, after)
+        return value
+
     def cmpxchg(self, address: int, old: int, new: int) -> bool:
         """Store `new` into the 64-bit word if it holds `old`, nobody in between; False if it does not."""
         self._hub.door("cmpxchg", address)
@@ -98,54 +146,76 @@ class Machine:
     """One emulated machine with a kernel image in it.
 
     `entry_code` appends machine code of the rooms above to the image's own, `stubs` names functions
-    that those rooms answer in Python (they enter them into `traps.exports`); `cpus` is the number of vCPUs.
+    that those rooms answer in Python (they enter them into `traps.exports`); `cpus` is the number of vCPUs,
+    `cpu` what kind of CPU the kernel takes them for, and `command_line` what it was booted with: the two
+    decide what becomes of text when it is loaded.
     """
 
     def __init__(
         self,
-        image: Image,
+        image: Image | LinkedImage,
         *,
         entry_code: Sequence[EntryCode] = (),
         stubs: Sequence[str] = (),
         cpus: int = 1,
+        cpu: Cpu = CPUS["qemu64"],
+        command_line: str = "",
         arena_size: int = ARENA_SIZE,
     ) -> None:
-        self.image = image
-        self.layouts = _layouts_of(image)
+        linked = image if isinstance(image, LinkedImage) else None
+        self.image = image.image if isinstance(image, LinkedImage) else image
+        self.layouts = _layouts_of(self.image) if linked is None else Layouts(linked.structs)
         self.space = AddressSpace(Arena(arena_size))
         self.events = EventTrace()
         self.log = Printk()
         self.warnings: list[str] = []
+        self.bugs = Bugs(self)
         self.kallsyms = Kallsyms()
         self.slab = Slab(self.space)
         self.area = ModuleArea(self.space)
-        self.percpu = PerCpu(self.space)
+        self.percpu = PerCpu(self.space, 0 if linked is None else linked.per_cpu_size)
         self.stacks = Stacks(self)
         self.poker = TextPoker(self.space, self.events, self.synchronize, self._door)
         self.traps = GuestTraps(self)
         self.hub = Hub(self.traps)
         self.shared = SharedMemory(self.space, self.hub, self.events)
         self.recorder = FlightRecorder(self)
+        self.kernfs = Kernfs(self.hub.wait)
+        self.kobjects = Kobjects()
+        self.command_line = command_line
+        self.mitigations = select_mitigations(cpu, command_line)
+        self.text_at_load: dict[str, TextAtLoad] = {}
         self.modules = ModuleLoader(self)
+        self.modules.module_finalize = self._module_finalize
         # Livepatch's part in the scheduler, in fork and on the way to user space: the rooms above set them.
         # They get addresses of task_structs.
         self.klp_update_patch_state: Callable[[int], None] = lambda task: None
         self.klp_copy_process: Callable[[int, int], None] = lambda child, parent: None
 
         exits = sorted({*EXPORTS, *CANNOT_RUN, *stubs, INTERRUPT_STUB})
-        self.vmlinux = place_vmlinux(
-            image, self.layouts, self.percpu.alloc, (append_guest_exports, *entry_code), exits
-        )
+        if linked is None:
+            code = (append_guest_exports, *entry_code)
+            self.vmlinux = place_vmlinux(self.image, self.layouts, self.percpu.alloc, code, exits)
+        else:
+
+            def apply(text: ImageText, linked: LinkedImage) -> None:
+                lookup = linked.first_addresses.get
+                done = alternative_instructions(text.placement, lookup, self.mitigations, cpus)
+                self.text_at_load[""] = done
+
+            self.vmlinux = place_linked(linked, self.layouts, entry_code, exits, apply)
         self.traps.exports = dict(EXPORTS)
         self.return_address = self.vmlinux.symbols["klpemu_return"]
         self.fentry = self.vmlinux.symbols["__fentry__"]
         for _ in range(cpus):
             self.percpu.new_area()
-        self._boot()
+        self._boot(linked is not None)
         self.unwinder = Unwinder(self)
         self.cpus = [VCpu(self.space, number, area) for number, area in enumerate(self.percpu.areas)]
         self.tracer = VCpu(self.space, 0, self.percpu.areas[0], trace=True)
-        self.trampolines = Trampolines(self.space, self.area, self.kallsyms, self.symbol)
+        self.trampolines = Trampolines(
+            self.space, self.area, self.kallsyms, self.symbol, self.return_thunk_at
+        )
         self.ftrace = Ftrace(
             self.layouts,
             self.shared,
@@ -159,6 +229,9 @@ class Machine:
         self.ftrace.ftrace_module_init(self.modules.objects[""].sites)
         self.stream_stack = self.stacks.alloc()
         self._start_tasks()
+        self.kernel_kobj, self.module_kobj = mount_filesystems(self)
+        module_sysfs.connect(self)
+        module_procfs.connect(self)
 
     @classmethod
     def open(cls, path: str | Path, **options: Any) -> "Machine":
@@ -187,6 +260,12 @@ class Machine:
     def init_task(self) -> Task:
         """The task on whose behalf the host's own requests run."""
         return self.tasks[0]
+
+    def return_thunk_at(self, address: int) -> int | None:
+        """Where the return at an address has to jump to; None if it is plain, as in the built-in kernel."""
+        if not cpu_wants_rethunk_at(address, self.mitigations):
+            return None
+        return self.vmlinux.symbols.get(self.mitigations.return_thunk)
 
     def pid_of(self, task: Task) -> int:
         """The task's pid, from its task_struct."""
@@ -240,7 +319,10 @@ class Machine:
     def install(self, placement: Placement) -> None:
         """Map the pages of a relocated object and fill them."""
         for group in placement.groups:
-            self.space.map(group.start, group.size, group.access)
+            frame = None
+            if placement.is_linked and group.access is Access.WRITE:
+                frame = self.space.arena.data_frames(group.size // PAGE_SIZE)
+            self.space.map(group.start, group.size, group.access, frame)
         for index, data in placement.contents.items():
             section = placement.image.sections[index]
             address = placement.addresses[index]
@@ -249,19 +331,23 @@ class Machine:
             else:
                 self.space.write(address, bytes(data))
 
-    def _boot(self) -> None:
+    def _module_finalize(self, placement: Placement, name: str) -> None:
+        self.text_at_load[name] = module_finalize(self, placement, name)
+
+    def _boot(self, linked: bool) -> None:
         """What start_kernel() has done by the time anything is patched: text in place, all sites NOPs."""
-        sites = fentry_sites(self.image)
-        refuse_bad_sites(self.image, sites)
         placement = self.vmlinux.placement
-        texts = texts_of(placement, "")
-        addresses = convert_sites(placement, sites, self.fentry)
         self.install(placement)
+        if linked:
+            setup_per_cpu_areas(self)
+            texts = texts_in(self.space, placement.groups)
+        else:
+            texts = texts_of(placement, "")
         entry = self.vmlinux.entry
         self.space.map(entry.start, entry.size, Access.EXECUTE)
         texts.append(self.vmlinux.entry_text())
         self.space.write(entry.start, texts[-1].contents)
-        loaded = LoadedObject("", self.image.path, 0, placement, texts, addresses)
+        loaded = LoadedObject("", self.image.path, 0, placement, texts, self.vmlinux.sites)
         spans = [(group.start, group.start + group.size) for group in (*placement.groups, entry)]
         self.kallsyms.add("", self.vmlinux.ksyms(), spans)
         self.modules.objects[""] = loaded
@@ -273,6 +359,8 @@ class Machine:
         self.last_pid = 0
         self.frames = StackFrames(self)
         self.timers = Timers(self)
+        self.log.clock = self.timers.local_clock
+        self.guest_timers = GuestTimers(self)
         symbols = self.vmlinux.symbols
         for cpu in self.cpus:
             number = cpu.number.to_bytes(4, "little")

@@ -15,6 +15,7 @@ __all__ = [
     "MemoryFault",
     "Snapshot",
     "WritableMemory",
+    "read_c_string",
     "read_string",
     "read_u32",
     "read_u64",
@@ -94,6 +95,11 @@ def read_u64(memory: Memory, address: int) -> int:
 
 def read_string(memory: Memory, address: int) -> str:
     """NUL-terminated string at `address`, undecodable bytes shown as escapes."""
+    return read_c_string(memory, address).decode("ascii", "backslashreplace")
+
+
+def read_c_string(memory: Memory, address: int) -> bytes:
+    """The bytes of the NUL-terminated string at `address`, without the NUL."""
     found = bytearray()
     while len(found) < STRING_LIMIT:
         # Up to the end of the page: the string may be the last thing that is mapped.
@@ -101,6 +107,6 @@ def read_string(memory: Memory, address: int) -> str:
         end = part.find(0)
         if end >= 0:
             found += part[:end]
-            return found.decode("ascii", "backslashreplace")
+            return bytes(found)
         found += part
     raise KlpemuError("no string ends here", where=f"{address:#018x}", advice="the pointer is not a string's")

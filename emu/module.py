@@ -1,26 +1,48 @@
-"""Loading and unloading modules: kernel/module/main.c, as far as code that runs needs it.
+"""Loading and unloading modules: kernel/module/main.c.
 
 A module is placed, relocated against the kernel and the modules before it, its `call __fentry__` sites are
 turned into NOPs by a direct store (nothing can execute them yet), and only then do its pages become
-executable.
+executable.  Its init function runs in the guest; what is only needed until then is freed afterwards.
+
+An object without `.gnu.linkonce.this_module` is loaded in the same way.  It gets a struct module of ours, no
+license is asked for, and nothing of it runs by itself.
 """
 
-import enum
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from elf.errors import ElfError, SymbolError
+from elf.errors import KlpemuError
 from elf.image import Image
-from elf.mcount import Site, SiteKind, fentry_sites, functions_at
-from elf.symbols import STB_WEAK, Symbol
+from elf.mcount import fentry_sites
 from emu.errno import KernelErrno
-from emu.list import list_add_rcu, list_del_rcu
+from emu.list import list_del_rcu
+from emu.module_alloc import add_unformed_module, layout_and_allocate
+from emu.module_exports import Exports, KernelSymbol
+from emu.module_state import (
+    MODULE_NAME_LEN,
+    ModuleState,
+    Taint,
+    check_modinfo,
+    check_this_module,
+    forget_init_layout,
+)
+from emu.module_text import Text, convert_sites, refuse_bad_sites, texts_of
+from emu.module_use import (
+    add_module_usage,
+    module_put,
+    module_unload_free,
+    strong_try_module_get,
+    try_release_module_ref,
+    users_of,
+    uses_of,
+)
+from emu.moduleparam import ModuleParameters
 from emu.paging import Access
-from emu.placement import Placement, lay_out
-from emu.text_poke import CALL_OPCODE, NOP5, text_gen_insn
+from emu.placement import Placement
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -29,6 +51,7 @@ __all__ = [
     "MODULE_NAME_LEN",
     "LoadedObject",
     "ModuleLoader",
+    "ModuleState",
     "Text",
     "convert_sites",
     "module_name",
@@ -36,33 +59,13 @@ __all__ = [
     "texts_of",
 ]
 
-MODULE_NAME_LEN = 56  # include/linux/module.h
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Pages that are not writable, as the file and its relocations give them, before any site was touched."""
-
-    name: str
-    address: int
-    contents: bytes = field(repr=False)
-
-
-THIS_MODULE = ".gnu.linkonce.this_module"
-
-
-class ModuleState(enum.IntEnum):
-    """enum module_state (include/linux/module.h)."""
-
-    LIVE = 0
-    COMING = 1
-    GOING = 2
-    UNFORMED = 3
-
 
 @dataclass(eq=False, slots=True)
 class LoadedObject:
-    """A loaded object: "" is vmlinux.  `sites` are the guest virtual addresses of its fentry sites."""
+    """A loaded object: "" is vmlinux.  `sites` are the guest virtual addresses of its fentry sites.
+
+    `struct` is the address of its struct module, `exports` what others may link against.
+    """
 
     name: str
     path: str
@@ -70,8 +73,7 @@ class LoadedObject:
     placement: Placement = field(repr=False)
     texts: list[Text] = field(repr=False)
     sites: list[int] = field(repr=False)
-    exports: dict[str, int] = field(default_factory=dict)
-    depends_on: set[str] = field(default_factory=set)
+    exports: dict[str, KernelSymbol] = field(default_factory=dict)
 
 
 def module_name(path: str) -> str:
@@ -79,211 +81,335 @@ def module_name(path: str) -> str:
     return path.rsplit("/", 1)[-1].removesuffix(".o").removesuffix(".ko").replace("-", "_")
 
 
-def refuse_bad_sites(image: Image, sites: Iterable[Site]) -> None:
-    """Refuse an object one of whose records is neither the call nor one 5-byte NOP."""
-    bad = [site for site in sites if site.kind is SiteKind.OTHER]
-    if bad:
-        names = functions_at(image, bad[:1])[0]
-        where = f"{names[0].name}+{bad[0].address - names[0].value:#x}" if names else f"{bad[0].address:#x}"
-        raise ElfError(
-            f"no usable fentry site: {bad[0].reason}",
-            where=f"{image.path}: {where}",
-            advice="the object was not built for ftrace on x86-64",
-        )
-
-
-def convert_sites(placement: Placement, sites: Iterable[Site], fentry: int) -> list[int]:
-    """Turn each `call __fentry__` into a NOP in the relocated bytes; returns the sites' addresses."""
-    addresses = []
-    for site in sites:
-        section = placement.image.sections[site.section]
-        base = placement.addresses.get(site.section)
-        if base is None:
-            continue  # a section that is not loaded
-        data = placement.contents[site.section]
-        found = bytes(data[site.offset : site.offset + 5])
-        wanted = (
-            text_gen_insn(CALL_OPCODE, base + site.offset, fentry) if site.kind is SiteKind.CALL else NOP5
-        )
-        if found != wanted:
-            raise ElfError(
-                f"the fentry site holds {found.hex(' ')}, expected {wanted.hex(' ')}",
-                where=placement.image.place(f"{section.name}+{site.offset:#x}"),
-            )
-        data[site.offset : site.offset + 5] = NOP5
-        addresses.append(base + site.offset)
-    return addresses
-
-
 class ModuleLoader:
-    """Loads and unloads modules of one machine; `objects` maps names to what is loaded, vmlinux as ""."""
+    """Loads and unloads modules of one machine; `objects` maps names to what is loaded, vmlinux as "".
+
+    The hooks are the parts that others have in it; unless it says otherwise they get the address of a struct
+    module.  `module_notify_list` are callbacks that get a module's new state and its struct module.
+    """
 
     def __init__(self, machine: "Machine") -> None:
         self._machine = machine
         self.objects: dict[str, LoadedObject] = {}
-        self._exported: dict[str, tuple[int, str]] = {}
-        # What to do with a symbol that exists nowhere; the bench binds it to a stub that fails when called.
-        self.missing: Callable[[Symbol, str], int] = _refuse_missing
+        self.exports = Exports(machine, self.objects)
+        self._params = ModuleParameters(machine)
+        self.module_notify_list: list[Callable[[ModuleState, int], None]] = []
         # Livepatch's part in apply_relocations(); it gets where the module will be, and its name.
         self.klp_apply_relocations: Callable[[Placement, str], None] = lambda placement, name: None
-        # Livepatch's part when a module comes and goes; they get the address of its struct module.
+        # The architecture's last word on the relocated bytes; it gets the same.
+        self.module_finalize: Callable[[Placement, str], None] = lambda placement, name: None
+        # Livepatch's part when a module comes and goes.
         self.klp_module_coming: Callable[[int], None] = lambda module: None
         self.klp_module_going: Callable[[int], None] = lambda module: None
+        # The tracepoint: the module is complete, and its init function about to run.
+        self.trace_module_load: Callable[[LoadedObject], None] = lambda module: None
+        # Whether something of the kernel still leads into a module whose init has failed.
+        self.klp_leads_into: Callable[[int], bool] = lambda module: False
+        # /sys/module.
+        self.mod_sysfs_setup: Callable[[LoadedObject], None] = lambda module: None
+        self.mod_sysfs_teardown: Callable[[LoadedObject], None] = lambda module: None
+        self._tainted: set[Taint] = set()
+
+    # System calls.
+
+    def init_module(self, image: Image, parameters: str = "", name: str | None = None) -> LoadedObject:
+        """Load a module and run its init function; whatever is raised, the module is gone again.
+
+        Runs in a service.  KernelErrno if init returns one, with its number.
+        """
+        loaded = self._load(image, name, parameters)
+        self.trace_module_load(loaded)
+        self._do_init_module(loaded)
+        return loaded
 
     def load_module(self, image: Image, name: str | None = None) -> LoadedObject:
-        """Load a relocatable object as module `name`; nothing of it stays behind if that fails."""
+        """Load an object without running anything of it: what its init would set up is not there."""
+        loaded = self._load(image, name, None)
+        module = self._view(loaded)
+        module.state = ModuleState.LIVE
+        self._notify(ModuleState.LIVE, loaded)
+        self._enable_ro(loaded)
+        module_put(module)
+        return loaded
+
+    def delete_module(self, name: str) -> None:
+        """Run the module's exit function and unload it; runs in a service.
+
+        ENOENT if it is not there, EWOULDBLOCK if somebody uses it, EBUSY if it is on its way in or out, or
+        has an init function but none for the exit.  If exit fails in the guest the module goes all the same.
+        """
+        loaded = self._find(name)
+        self._refuse_users(loaded)
+        module = self._view(loaded)
+        if module.state != ModuleState.LIVE:
+            self._machine.log.pr_debug(f"{name} already dying")
+            raise KernelErrno(errno.EBUSY, f"module '{name}' is not live")
+        if module.init and not module.exit:
+            raise KernelErrno(errno.EBUSY, f"module '{name}' has no exit function: it stays for ever")
+        if try_release_module_ref(module):
+            raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use")
+        module.state = ModuleState.GOING
+        try:
+            if module.exit:
+                self._machine.hub.call_guest(module.exit)
+        finally:
+            self._go(loaded)
+
+    def unload_module(self, name: str) -> None:
+        """Unload what nothing uses any more, without running its exit function."""
+        loaded = self._find(name)
+        self._refuse_users(loaded)
+        self._view(loaded).state = ModuleState.GOING
+        if self._machine.hub.in_service:
+            self._go(loaded)
+        else:
+            self._machine.service("unload_module", partial(self._go, loaded))
+
+    def uses(self, name: str) -> list[str]:
+        """Names of the modules whose symbols a module uses, sorted."""
+        return sorted(uses_of(self._view(self._find(name))))
+
+    def parameters(self, name: str) -> list[tuple[str, int]]:
+        """The parameters that a module has in sysfs, with their file modes, in the module's order."""
+        return self._params.parameters(self._find(name).struct)
+
+    def param_get(self, module: str, name: str) -> str:
+        """Read a parameter as its file in sysfs shows it; runs in a service."""
+        return self._params.param_get(self._find(module).struct, name)
+
+    def param_set(self, module: str, name: str, text: str) -> None:
+        """Write a parameter's file in sysfs; runs in a service."""
+        self._params.param_set(self._find(module).struct, name, text)
+
+    @property
+    def missing(self) -> Any:
+        """What resolves a symbol that nobody exports (`emu.module_exports.Exports.missing`)."""
+        return self.exports.missing
+
+    @missing.setter
+    def missing(self, resolve: Any) -> None:
+        self.exports.missing = resolve
+
+    # Loading.
+
+    def _load(self, image: Image, name: str | None, parameters: str | None) -> LoadedObject:
+        """load_module(): up to where init would run, the module COMING; nothing stays if that fails."""
         machine = self._machine
         name = name or image.modinfo.get("name", [module_name(image.path)])[0]
         if len(name) >= MODULE_NAME_LEN:
             raise KernelErrno(errno.ENOEXEC, f"module name '{name}' is too long", where=image.path)
+        this_module = check_this_module(image, machine.layouts.sizeof("module"))
+        taints = set() if this_module is None else check_modinfo(machine, image, name, self._tainted)
         if name in self.objects:
             raise KernelErrno(errno.EEXIST, f"module '{name}' is loaded already", where=image.path)
         sites = fentry_sites(image)
         refuse_bad_sites(image, sites)
-        depends: set[str] = set()
+        self._tainted |= taints
+        owners: dict[str, int] = {}
         with ExitStack() as undo:
-            placement = self._lay_out(image, name, undo)
-            placement.relocate(lambda symbol: self._resolve(symbol, name, depends))
+            placement = layout_and_allocate(machine, image, name, undo)
+            values = self.exports.simplify_symbols(
+                image,
+                name,
+                gplok=Taint.PROPRIETARY_MODULE not in taints,
+                ref_module=lambda owner: self._ref_module(owner, owners, undo),
+            )
+            placement.relocate(lambda symbol: values[symbol.index])
             self.klp_apply_relocations(placement, name)
+            self.module_finalize(placement, name)
             texts = texts_of(placement, name)
             addresses = convert_sites(placement, sites, machine.fentry)
             machine.install(placement)
-            struct = self._new_struct(placement, name, livepatch=image.modinfo.get("livepatch") == ["Y"])
-            undo.callback(self._free_struct, struct)
-            spans = [(group.start, group.start + group.size) for group in placement.groups]
-            machine.kallsyms.add(name, placement.ksyms(name), spans)
-            undo.callback(machine.kallsyms.remove, name)
-            machine.ftrace.ftrace_module_init(addresses)
-            undo.callback(machine.ftrace.ftrace_release_mod, addresses)
+            at = 0 if this_module is None else placement.addresses[this_module.index]
+            struct = add_unformed_module(machine, name, at, placement, taints, parameters or "", undo)
             loaded = LoadedObject(name, image.path, struct, placement, texts, addresses)
-            loaded.depends_on = depends
-            loaded.exports = self._exports_of(placement)
-            self.objects[name] = loaded
+            self._use_owners(loaded, owners, undo)
+            self._add_kallsyms(loaded)
+            undo.callback(machine.kallsyms.remove, name)
+            for layout in self._sites_by_layout(loaded):
+                machine.ftrace.ftrace_module_init(layout)
+                undo.callback(machine.ftrace.ftrace_release_mod, layout)
+            exports = self.exports.exports_of(loaded)
+            self._complete_formation(loaded, exports)
             undo.callback(self.objects.pop, name)
             # prepare_coming_module(): what is enabled applies before the module's own code runs.
-            self._set_state(loaded, ModuleState.COMING)
-            self.klp_module_coming(struct)
+            self.klp_module_coming(loaded.struct)
+            undo.callback(self._leave_coming, loaded)
+            self._notify(ModuleState.COMING, loaded)
+            if parameters is not None:
+                self._params.parse_args(loaded.struct)
+            self.mod_sysfs_setup(loaded)
             undo.pop_all()
-        for symbol, address in loaded.exports.items():
-            self._exported.setdefault(symbol, (address, name))
-        self._set_state(loaded, ModuleState.LIVE)
         return loaded
 
-    def unload_module(self, name: str) -> None:
-        """Unload a module that nothing uses any more."""
-        machine = self._machine
+    def _ref_module(self, owner: str, owners: dict[str, int], undo: ExitStack) -> None:
+        """A symbol of `owner` is used: as long as that lasts it cannot go."""
+        if owner in owners or not owner:
+            return
+        module = self._view(self.objects[owner])
+        try:
+            strong_try_module_get(module)
+        except KernelErrno as error:
+            if error.number == errno.EBUSY:
+                # Another kernel thread would be waited for; nobody here can end that init.
+                self._machine.log.pr_warn(f"gave up waiting for init of module {owner}.")
+            raise
+        owners[owner] = module.address_
+        undo.callback(lambda: module_put(module) if owner in owners else None)
+
+    def _use_owners(self, loaded: LoadedObject, owners: dict[str, int], undo: ExitStack) -> None:
+        """Enter the uses; from then on they hold the references."""
+        module = self._view(loaded)
+        undo.callback(module_unload_free, self._machine, module)
+        for name, address in list(owners.items()):
+            add_module_usage(self._machine, module, self._machine.view("module", address))
+            del owners[name]
+
+    def _complete_formation(self, loaded: LoadedObject, exports: dict[str, KernelSymbol]) -> None:
+        """Others may find the module from now on."""
+        loaded.exports = exports
+        self.exports.verify_exported_symbols(loaded)
+        self.objects[loaded.name] = loaded
+        self._view(loaded).state = ModuleState.COMING
+
+    def _leave_coming(self, loaded: LoadedObject) -> None:
+        """Loading has failed after others were told of the module."""
+        self._view(loaded).state = ModuleState.GOING
+        self._params.destroy(loaded.struct)
+        self._notify(ModuleState.GOING, loaded)
+        self.klp_module_going(loaded.struct)
+
+    # Init.
+
+    def _do_init_module(self, loaded: LoadedObject) -> None:
+        module = self._view(loaded)
+        try:
+            status = self._do_one_initcall(module)
+        except KlpemuError:
+            self._fail_init(loaded)
+            raise
+        if status < 0:
+            self._fail_init(loaded)
+            what = f"the init function of '{loaded.name}' failed"
+            raise KernelErrno(-status, what, where=loaded.path)
+        if status > 0:
+            self._machine.log.pr_warn(
+                f"do_init_module: '{loaded.name}'->init suspiciously returned {status}, "
+                "it should follow 0/-E convention\n"
+                "do_init_module: loading module anyway..."
+            )
+        module.state = ModuleState.LIVE
+        self._notify(ModuleState.LIVE, loaded)
+        self._free_init(loaded)
+
+    def _do_one_initcall(self, module: Any) -> int:
+        """What the init function returns, an int."""
+        if not module.init:
+            return 0
+        status = self._machine.hub.call_guest(module.init) & 0xFFFF_FFFF
+        return status - (1 << 32) if status >> 31 else status
+
+    def _fail_init(self, loaded: LoadedObject) -> None:
+        """The module goes; it stays COMING where the kernel would free what something still leads into."""
+        if self.klp_leads_into(loaded.struct):
+            return
+        module = self._view(loaded)
+        module.state = ModuleState.GOING
+        self._synchronize_rcu()
+        module_put(module)
+        self._go(loaded)
+
+    def _free_init(self, loaded: LoadedObject) -> None:
+        """What is only needed until init has returned goes: its sites, its symbols, and then its memory."""
+        machine, placement = self._machine, loaded.placement
+        start, size = placement.init_base, placement.init_size
+        kept, gone = self._sites_by_layout(loaded)
+        machine.ftrace.ftrace_release_mod(gone)  # ftrace_free_mem()
+        loaded.sites = kept
+        module = self._view(loaded)
+        module_put(module)
+        placement.forget_init()
+        loaded.texts = [text for text in loaded.texts if not start <= text.address < start + size]
+        machine.kallsyms.remove(loaded.name)
+        self._add_kallsyms(loaded)
+        machine.unwinder.forget(loaded.name)
+        machine.bugs.forget(loaded.name)
+        self._enable_ro(loaded)
+        forget_init_layout(module)
+        if size:
+            machine.workqueue.schedule_work("init_free_wq", partial(self._do_free_init, start))
+
+    def _do_free_init(self, address: int) -> None:
+        """The work behind it: nobody walks the symbols any more."""
+        self._synchronize_rcu()
+        self._machine.area.free(address)
+
+    def _enable_ro(self, loaded: LoadedObject) -> None:
+        """module_enable_ro(): what init has set up is not written any more."""
+        for group in loaded.placement.groups:
+            if group.ro_after_init:
+                self._machine.space.protect(group.start, group.size, Access.READ)
+
+    # Unloading.
+
+    def _find(self, name: str) -> LoadedObject:
         loaded = self.objects.get(name)
         if loaded is None or not name:
             raise KernelErrno(errno.ENOENT, f"module '{name}' is not loaded")
-        users = sorted(each.name for each in self.objects.values() if name in each.depends_on)
+        return loaded
+
+    def _refuse_users(self, loaded: LoadedObject) -> None:
+        users = sorted(users_of(self._view(loaded)))
         if users:
-            raise KernelErrno(errno.EWOULDBLOCK, f"module '{name}' is in use by {', '.join(users)}")
-        self._set_state(loaded, ModuleState.GOING)
+            raise KernelErrno(errno.EWOULDBLOCK, f"module '{loaded.name}' is in use by {', '.join(users)}")
+
+    def _go(self, loaded: LoadedObject) -> None:
+        """The module is GOING: tell everybody, and free it (free_module())."""
+        machine, module = self._machine, self._view(loaded)
+        self._notify(ModuleState.GOING, loaded)
         self.klp_module_going(loaded.struct)
-        machine.ftrace.ftrace_release_mod(loaded.sites)
-        machine.kallsyms.remove(name)
-        machine.unwinder.forget(name)
-        self._free_struct(loaded.struct)
-        for section in loaded.placement.per_cpu:
-            machine.percpu.free(loaded.placement.addresses[section.index])
-        if loaded.placement.size:
-            machine.area.free(loaded.placement.base)
-        self._exported = {symbol: found for symbol, found in self._exported.items() if found[1] != name}
-        del self.objects[name]
-
-    def _lay_out(self, image: Image, name: str, undo: ExitStack) -> Placement:
-        """Reserve the module's memory, and have `undo` give it back."""
-        machine = self._machine
-
-        def base(size: int) -> int:
-            address = machine.area.reserve(size, f"module {name}")
-            undo.callback(machine.area.free, address)
-            return address
-
-        def per_cpu(size: int, alignment: int) -> int:
-            offset = machine.percpu.alloc(size, alignment)
-            undo.callback(machine.percpu.free, offset)
-            return offset
-
-        return lay_out(image, base, per_cpu)
-
-    def _resolve(self, symbol: Symbol, name: str, depends: set[str]) -> int:
-        address = self._machine.vmlinux.symbols.get(symbol.name)
-        if address is not None:
-            return int(address)
-        exported = self._exported.get(symbol.name)
-        if exported is not None:
-            depends.add(exported[1])
-            return exported[0]
-        if symbol.binding == STB_WEAK:  # such a reference may stay NULL
-            return 0
-        return self.missing(symbol, name)
-
-    def _exports_of(self, placement: Placement) -> dict[str, int]:
-        """Symbols with an entry in the export tables (EXPORT_SYMBOL makes a `__ksymtab_<name>`)."""
-        marked = {
-            symbol.name.removeprefix("__ksymtab_")
-            for symbol in placement.image.symbols
-            if symbol.name.startswith("__ksymtab_")
-        }
-        return {
-            symbol.name: value
-            for symbol in placement.image.symbols
-            if symbol.name in marked and symbol.is_defined and (value := placement.value(symbol)) is not None
-        }
-
-    def _new_struct(self, placement: Placement, name: str, *, livepatch: bool) -> int:
-        """The module's own `__this_module`, on the `modules` list; one of ours if it has none of this kernel.
-
-        A module that was built for a kernel with another struct module than the image describes cannot be
-        read through the image's layout.
-        """
-        machine = self._machine
-        size = machine.layouts.sizeof("module")
-        address = next(
-            (
-                placement.addresses[section.index]
-                for section in placement.image.sections
-                if section.name == THIS_MODULE and section.size == size
-            ),
-            0,
-        )
-        address = address or machine.slab.kzalloc(size, f"struct module {name}")
-        module = machine.view("module", address)
-        module.name = name.encode()
+        for layout in self._sites_by_layout(loaded):
+            machine.ftrace.ftrace_release_mod(layout)
+        self.mod_sysfs_teardown(loaded)
         module.state = ModuleState.UNFORMED
-        module.klp = livepatch
-        list_add_rcu(module.list, machine.list_head("modules"))
-        return address
+        module_unload_free(machine, module)
+        self._params.destroy(loaded.struct)
+        machine.kallsyms.remove(loaded.name)
+        machine.unwinder.forget(loaded.name)
+        machine.bugs.forget(loaded.name)
+        list_del_rcu(module.list)
+        self._synchronize_rcu()
+        machine.slab.kfree(module.args)
+        if loaded.struct in machine.slab.live:
+            machine.slab.kfree(loaded.struct)
+        placement = loaded.placement
+        for section in placement.per_cpu:
+            machine.percpu.free(placement.addresses[section.index])
+        for base, size in ((placement.init_base, placement.init_size), (placement.base, placement.size)):
+            if size:
+                machine.area.free(base)
+        del self.objects[loaded.name]
 
-    def _set_state(self, loaded: LoadedObject, state: ModuleState) -> None:
-        self._machine.view("module", loaded.struct).state = state
+    # Inside.
 
-    def _free_struct(self, address: int) -> None:
-        list_del_rcu(self._machine.view("module", address).list)
-        if address in self._machine.slab.live:
-            self._machine.slab.kfree(address)
+    def _sites_by_layout(self, loaded: LoadedObject) -> tuple[list[int], list[int]]:
+        """The sites of the core, and those that go after init: a page of records covers no foreign text."""
+        start, size = loaded.placement.init_base, loaded.placement.init_size
+        core = [site for site in loaded.sites if not start <= site < start + size]
+        return core, [site for site in loaded.sites if start <= site < start + size]
 
+    def _add_kallsyms(self, loaded: LoadedObject) -> None:
+        placement = loaded.placement
+        spans = [(group.start, group.start + group.size) for group in placement.groups]
+        self._machine.kallsyms.add(loaded.name, placement.ksyms(loaded.name), spans)
 
-def texts_of(placement: Placement, name: str) -> list[Text]:
-    """What nobody may write of a relocated object: text and read-only data, the gaps included."""
-    texts = []
-    for group in placement.groups:
-        if group.access is Access.WRITE:
-            continue
-        data = bytearray(group.size)
-        for index, address in placement.addresses.items():
-            if group.start <= address < group.start + group.size and index in placement.contents:
-                start = address - group.start
-                data[start : start + len(placement.contents[index])] = placement.contents[index]
-        kind = "text" if group.access is Access.EXECUTE else "rodata"
-        texts.append(Text(f"{name or 'vmlinux'}:{kind}", group.start, bytes(data)))
-    return texts
+    def _notify(self, state: ModuleState, loaded: LoadedObject) -> None:
+        for callback in self.module_notify_list:
+            callback(state, loaded.struct)
 
+    def _synchronize_rcu(self) -> None:
+        if self._machine.hub.in_service:  # or nobody else runs
+            self._machine.synchronize("synchronize_rcu")
 
-def _refuse_missing(symbol: Symbol, name: str) -> int:
-    raise SymbolError(
-        f"Unknown symbol {symbol.name}",
-        where=name,
-        advice="load the module that exports it first; klpemu has no export of that name",
-    )
+    def _view(self, loaded: LoadedObject) -> Any:
+        return self._machine.view("module", loaded.struct)

@@ -7,6 +7,7 @@ and the addresses come back into use only after `QUARANTINE_AREAS` others were f
 
 import bisect
 from collections import deque
+from collections.abc import Callable
 
 from elf.errors import KlpemuError
 from emu.memory import PAGE_SIZE
@@ -26,6 +27,8 @@ class ModuleArea:
         self._space = space
         self.live: dict[int, tuple[int, str]] = {}
         self._next = MODULES_VADDR
+        # Told of every area that is freed, while it is mapped: address, size in bytes, tag.
+        self.freeing: list[Callable[[int, int, str], None]] = []
         self._quarantine: deque[tuple[int, int]] = deque()
         self._free: dict[int, list[int]] = {}
 
@@ -58,7 +61,9 @@ class ModuleArea:
         found = self.live.pop(address, None)
         if found is None:
             raise KlpemuError("free of what module_alloc never returned", where=f"{address:#018x}")
-        size, _ = found
+        size, tag = found
+        for told in self.freeing:
+            told(address, size, tag)
         for at in range(address, address + size, PAGE_SIZE):
             access = self._space.access(at)
             if access is not None:

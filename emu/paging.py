@@ -7,8 +7,7 @@ access: it keeps one dictionary from page to frame, filled where the entries are
 
 import enum
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from elf.errors import KlpemuError
@@ -22,6 +21,7 @@ WRITABLE = 1 << 1
 NO_EXECUTE = 1 << 63
 FRAME_MASK = 0x000F_FFFF_FFFF_F000
 ENTRIES = 512
+MANY_PAGES = 64  # from here on frames come in one piece: what is free lies scattered
 
 
 class Access(enum.Enum):
@@ -80,46 +80,68 @@ class AddressSpace:
         for page in pages:
             if page in self._frames:
                 raise KlpemuError("the page is mapped already", where=f"{page << 12:#018x}")
-        pool = self.arena.writable_frames if access is Access.WRITE else self.arena.image_frames
-        with ExitStack() as undo:
+        frames = self._backing(len(pages), access) if frame is None else None
+        done = 0
+        try:
             for page in pages:
-                if frame is None:
-                    backing = pool(1)
-                    undo.callback(self.arena.release, backing)
-                else:
-                    backing = frame + (page - first) * PAGE_SIZE
+                backing = frames[done] if frames else (frame or 0) + done * PAGE_SIZE
                 self._set_entry(page, backing | access.value)
-                undo.callback(self._set_entry, page, 0)
                 self._frames[page] = backing
-                undo.callback(self._frames.pop, page)
-            undo.pop_all()
+                done += 1
+        except KlpemuError:
+            for page in pages[:done]:
+                self._set_entry(page, 0)
+                del self._frames[page]
+            for backing in frames or ():
+                self.arena.release(backing)
+            raise
         for page in pages:
             self._access[page] = access
             if access is Access.EXECUTE:
                 self._executable.add(page)
 
+    def _backing(self, count: int, access: Access) -> Sequence[int]:
+        """Physical addresses of so many fresh frames; none is taken if there are not as many."""
+        pool = self.arena.writable_frames if access is Access.WRITE else self.arena.image_frames
+        if count > MANY_PAGES:
+            first = pool(count)
+            return range(first, first + count * PAGE_SIZE, PAGE_SIZE)
+        frames: list[int] = []
+        try:
+            while len(frames) < count:
+                frames.append(pool(1))
+        except KlpemuError:
+            for backing in frames:
+                self.arena.release(backing)
+            raise
+        return frames
+
     def protect(self, address: int, size: int, access: Access) -> None:
         """Change what the mapped pages allow."""
         pages = range(address >> 12, (address >> 12) + _pages(address, size))
-        self._drop_translations(address, size)
+        self.drop_translations(address, size)
         for page in pages:
             self._set_entry(page, self._frames[page] | access.value)
             self._access[page] = access
         (self._executable.update if access is Access.EXECUTE else self._executable.difference_update)(pages)
-        self._flush_tlb()
+        self.flush_tlb()
 
     def unmap(self, address: int, size: int) -> list[int]:
         """Unmap whole pages; returns their frames, which the caller owns again."""
         pages = range(address >> 12, (address >> 12) + _pages(address, size))
-        self._drop_translations(address, size)
+        self.drop_translations(address, size)
         frames = []
         for page in pages:
             self._set_entry(page, 0)
             frames.append(self._frames.pop(page))
             del self._access[page]
         self._executable.difference_update(pages)
-        self._flush_tlb()
+        self.flush_tlb()
         return frames
+
+    def executable(self) -> Iterator[tuple[int, int]]:
+        """The executable pages: number of the page, and physical address of its frame."""
+        return ((page, self._frames[page]) for page in self._executable)
 
     def access(self, address: int) -> Access | None:
         """What the page holding `address` allows; None where nothing is mapped."""
@@ -138,6 +160,13 @@ class AddressSpace:
             for start, length in self._extents(address, size, "a read")
         )
 
+    def read_mapped(self, address: int, size: int) -> bytes:
+        """Up to `size` bytes: fewer where the next page is not mapped (an instruction may end before it)."""
+        try:
+            return self.read(address, size)
+        except MemoryFault:
+            return self.read(address, min(size, -address % PAGE_SIZE or PAGE_SIZE))
+
     def write(self, address: int, data: bytes) -> None:
         """Write guest memory; see `WritableMemory`."""
         if not data:
@@ -147,22 +176,32 @@ class AddressSpace:
         for start, length in extents:
             self.arena.bytes[start : start + length] = data[done : done + length]
             done += length
-        self._drop_translations(address, len(data))
+        self.drop_translations(address, len(data))
 
     def snapshot(self) -> Snapshot:
         """A copy of every mapped page."""
         return Snapshot({page: self.arena.bytes[at : at + PAGE_SIZE] for page, at in self._frames.items()})
 
     def _extents(self, address: int, size: int, doing: str) -> Iterator[tuple[int, int]]:
-        at, end = address, address + size
+        """Runs of physical memory: start and length.  Neighbouring frames make one."""
+        frames = self._frames
+        end = address + size
+        frame = frames.get(address >> 12)
+        if frame is None:
+            raise MemoryFault(address, size, doing)
+        start = frame + (address & (PAGE_SIZE - 1))
+        at = (address & -PAGE_SIZE) + PAGE_SIZE
+        stop = frame + PAGE_SIZE
         while at < end:
-            frame = self._frames.get(at >> 12)
+            frame = frames.get(at >> 12)
             if frame is None:
                 raise MemoryFault(address, size, doing)
-            offset = at & (PAGE_SIZE - 1)
-            length = min(PAGE_SIZE - offset, end - at)
-            yield frame + offset, length
-            at += length
+            if frame != stop:
+                yield start, stop - start
+                start = frame
+            stop = frame + PAGE_SIZE
+            at += PAGE_SIZE
+        yield start, stop - start - (at - end)
 
     def _set_entry(self, page: int, entry: int) -> None:
         table = self._top[page >> 27 & 511] & FRAME_MASK
@@ -177,7 +216,7 @@ class AddressSpace:
             table = below & FRAME_MASK
         struct.pack_into("<Q", self.arena.bytes, table + 8 * (page & 511), entry)
 
-    def _drop_translations(self, address: int, size: int) -> None:
+    def drop_translations(self, address: int, size: int) -> None:
         """Forget translated code of the range, where its pages are executable, and still are.
 
         Unicorn looks the address up as if it fetched code there.  Where that is not allowed it keeps a page
@@ -189,7 +228,8 @@ class AddressSpace:
                 for translator in self.translators:
                     translator.drop_translations(start, end)
 
-    def _flush_tlb(self) -> None:
+    def flush_tlb(self) -> None:
+        """Forget all address translations, after page table entries have changed."""
         for translator in self.translators:
             translator.flush_tlb()
 

@@ -15,17 +15,21 @@ PER_CPU_SIZE = 16 * PAGE_SIZE
 
 
 class PerCpu:
-    """`areas` are the areas' guest virtual addresses, `live` maps offsets in use to sizes in bytes."""
+    """`areas` are the areas' guest virtual addresses, `live` maps offsets in use to sizes in bytes.
 
-    def __init__(self, space: AddressSpace) -> None:
+    The first `static` bytes of an area belong to a linked kernel image, whose symbols have their offsets.
+    """
+
+    def __init__(self, space: AddressSpace, static: int = 0) -> None:
         self._space = space
         self.areas: list[int] = []
-        self.live: dict[int, int] = {}
+        self.live: dict[int, int] = {0: static} if static else {}
+        self.size = -(-static // PAGE_SIZE) * PAGE_SIZE + PER_CPU_SIZE
 
     def new_area(self) -> int:
         """Guest virtual address of the zeroed area of one more vCPU."""
-        frame = self._space.arena.writable_frames(PER_CPU_SIZE // PAGE_SIZE)
-        self._space.map(PAGE_OFFSET + frame, PER_CPU_SIZE, Access.WRITE, frame)
+        frame = self._space.arena.writable_frames(self.size // PAGE_SIZE)
+        self._space.map(PAGE_OFFSET + frame, self.size, Access.WRITE, frame)
         self.areas.append(PAGE_OFFSET + frame)
         return self.areas[-1]
 
@@ -37,9 +41,9 @@ class PerCpu:
             if start + size <= taken:
                 break
             start = -(-(taken + length) // alignment) * alignment
-        if start + size > PER_CPU_SIZE:
+        if start + size > self.size:
             raise KlpemuError(
-                f"per-CPU memory of {size} bytes does not fit the area of {PER_CPU_SIZE:#x}",
+                f"per-CPU memory of {size} bytes does not fit the area of {self.size:#x}",
                 advice="unload modules first",
             )
         self.live[start] = size

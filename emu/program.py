@@ -35,8 +35,8 @@ ENDLESS = 1 << 62  # instructions: a kernel thread may work for as long as the s
 class Operation:
     """One step of a program.
 
-    `verb` is "call" (a guest function at `entry`), "sleep" and "user" (for `msecs`), "pause", "yield", "fork"
-    or "exit"; `text` is how the scenario writes it.
+    `verb` is "call" (a guest function at `entry`), "sleep" and "user" (for `msecs`), "read" (the file at
+    `path`), "pause", "yield", "fork" or "exit"; `text` is how the scenario writes it.
     """
 
     text: str
@@ -44,6 +44,7 @@ class Operation:
     entry: int = 0
     arguments: tuple[int, ...] = ()
     msecs: int = 0
+    path: str = ""
 
 
 class TaskProgram:
@@ -160,6 +161,9 @@ class TaskProgram:
                 exit_to_user_mode_loop(machine, task)
 
         self._serve(task, operation, body)
+
+    def _read(self, task: Task, operation: Operation) -> None:
+        self._serve(task, operation, lambda: self._machine.kernfs.read(operation.path))
 
     def _yield(self, task: Task, operation: Operation) -> None:
         self._serve(task, operation, lambda: self._machine.sched.schedule("sched_yield"))

@@ -7,7 +7,7 @@ not taken off between their doors.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,8 @@ class Scheduler:
         self.runqueues = [RunQueue(task.cpu, task) for task in idle_tasks]
         self.frames: StackFrames = machine.frames
         self.full_preemption = False
+        # The workqueue's part when a task goes to sleep.
+        self.wq_worker_sleeping: Callable[[Task], None] = lambda task: None
         self._sleepers: list[Task] = []  # those that wait for a predicate
         self._locked: list[Task] = []
         symbols, offsetof = machine.vmlinux.symbols, machine.layouts.offsetof
@@ -176,6 +178,7 @@ class Scheduler:
             return
         self._off(task, what)
         self._store(task, "on_rq", 0)
+        self.wq_worker_sleeping(task)
         self._machine.hub.leave("schedule")
 
     def preempt_schedule(self, what: str) -> None:
@@ -191,6 +194,7 @@ class Scheduler:
         self._store(task, "__state", TASK_UNINTERRUPTIBLE)
         self._store(task, "on_rq", 0)
         self._sleepers.append(task)
+        self.wq_worker_sleeping(task)
 
     def rest(self, task: Task) -> None:
         """The task has nothing more to do until somebody asks it to."""

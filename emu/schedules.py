@@ -12,7 +12,7 @@ from elf.errors import KlpemuError
 from emu.task import Task
 from emu.timer import JIFFY_INSTRUCTIONS
 
-__all__ = ["Explicit", "RoundRobin", "Seeded"]
+__all__ = ["Directed", "Explicit", "RoundRobin", "Seeded"]
 
 MAX_STRIDE = 200  # instructions: a redirected call takes about a third of it
 
@@ -82,3 +82,23 @@ class Explicit:
         raise KlpemuError(
             f"'{name}' cannot go on", where=f"schedule, entry {self._at}", advice=f"these can: {able}"
         )
+
+
+class Directed:
+    """As `Explicit`, for one operation: an entry whose task cannot go on is passed over."""
+
+    interleaves = True
+
+    def __init__(self, steps: Sequence[tuple[str, int]]) -> None:
+        self._steps = list(steps)
+        self._at = 0
+        self._then = RoundRobin()
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        able = {task.name: task for task in tasks}
+        while self._at < len(self._steps):
+            name, instructions = self._steps[self._at]
+            self._at += 1
+            if name in able:
+                return able[name], instructions
+        return self._then.pick(tasks, finishing)

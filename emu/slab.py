@@ -9,10 +9,13 @@ find only with slub_debug=FZP is always on here:
 - a freed object waits in quarantine before its memory is used again, and must still be poison when it leaves.
 """
 
+import errno
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from elf.errors import KlpemuError
+from emu.errno import KernelErrno
 from emu.memory import PAGE_SIZE, Memory
 from emu.paging import Access, AddressSpace
 
@@ -40,11 +43,18 @@ class Corruption:
 
 
 class Slab:
-    """The heap of one machine.  `live` maps an object's address to its size in bytes and its tag."""
+    """The heap of one machine.  `live` maps an object's address to its size in bytes and its tag.
+
+    `fails` says of an allocation's tag that there is no memory for it, as the kernel's failslab does; where
+    the kernel's allocator returns NULL these raise KernelErrno ENOMEM.
+    """
 
     def __init__(self, space: AddressSpace) -> None:
         self._space = space
         self.live: dict[int, tuple[int, str]] = {}
+        self.fails: Callable[[str], bool] = lambda tag: False
+        # Told of every object that is freed, while it is whole: address, size in bytes, tag.
+        self.freeing: list[Callable[[int, int, str], None]] = []
         self._quarantine: deque[tuple[int, int, str]] = deque()
         self._free: dict[int, list[int]] = {}
         self._next = self._end = 0
@@ -74,6 +84,8 @@ class Slab:
                 where=f"{address:#018x}",
             )
         size, tag = found
+        for told in self.freeing:
+            told(address, size, tag)
         self._space.write(address, _poison(size))
         self._quarantine.append((address, size, tag))
         if len(self._quarantine) > QUARANTINE_OBJECTS:
@@ -111,6 +123,8 @@ class Slab:
             raise KlpemuError(
                 f"kmalloc of {size} bytes", advice="the kernel's limit is 4 MiB (KMALLOC_MAX_SIZE)"
             )
+        if self.fails(tag):
+            raise KernelErrno(errno.ENOMEM, f"no memory for {tag}")
         room = _class_of(size)
         free = self._free.get(room)
         start = (free.pop() - RED_ZONE) if free else self._grow(room + 2 * RED_ZONE)

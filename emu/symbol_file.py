@@ -185,9 +185,10 @@ def _debug(machine: Machine, placement: Placement) -> Iterator[_Section]:
 def _value(machine: Machine, placement: Placement, symbol: Symbol) -> int | None:
     """The symbol's address; for one in a section that is not in memory its offset there."""
     if not symbol.is_defined:
+        if symbol.name in machine.vmlinux.symbols:
+            return machine.vmlinux.symbols[symbol.name]
         exports = (each.exports for each in machine.modules.objects.values())
-        found = (names[symbol.name] for names in (machine.vmlinux.symbols, *exports) if symbol.name in names)
-        return next(found, 0)
+        return next((found[symbol.name].value for found in exports if symbol.name in found), 0)
     value = placement.value(symbol)
     return symbol.value if value is None and symbol.is_in_section else value
 

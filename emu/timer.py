@@ -63,6 +63,11 @@ class Timers:
         """Virtual seconds since boot."""
         return self.now / HZ
 
+    def local_clock(self) -> int:
+        """Virtual nanoseconds since boot, as the log stamps its lines."""
+        executed = min(self._spent, JIFFY_INSTRUCTIONS - 1)
+        return (self.now * JIFFY_INSTRUCTIONS + executed) * (10**9 // HZ) // JIFFY_INSTRUCTIONS
+
     def add_timer(self, delay: int, function: Callable[[], object], what: str) -> Timer:
         """Call `function` in `delay` jiffies; it runs as an interrupt does and must not wait."""
         self._armed += 1

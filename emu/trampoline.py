@@ -14,26 +14,36 @@ from emu.ftrace_ops import FtraceOpsFl
 from emu.kallsyms import Kallsyms
 from emu.module_area import ModuleArea
 from emu.paging import Access, AddressSpace
-from emu.text_poke import CALL_OPCODE, text_gen_insn
+from emu.text_poke import CALL_OPCODE, JMP32_OPCODE, text_gen_insn
 
 __all__ = ["RETURN", "RET_SIZE", "Trampolines"]
 
-RET_SIZE = 5  # room for a jump to a return thunk
+RET_SIZE = 5  # a jump to a return thunk, where the CPU needs one
 RETURN = bytes.fromhex("c3cc000000")  # without one: ret, int3, and the rest of the page's zeroes
 JNZ_SHORT = 0x75
 NOP2 = bytes.fromhex("6690")
 
 
 class Trampolines:
-    """Makes and frees private trampolines; `symbol` gives the address of a vmlinux symbol."""
+    """Makes and frees private trampolines.
+
+    `symbol` gives the address of a vmlinux symbol, `return_thunk_at` that of the thunk through which the
+    return at an address has to go, None if it need not.
+    """
 
     def __init__(
-        self, space: AddressSpace, area: ModuleArea, kallsyms: Kallsyms, symbol: Callable[[str], int]
+        self,
+        space: AddressSpace,
+        area: ModuleArea,
+        kallsyms: Kallsyms,
+        symbol: Callable[[str], int],
+        return_thunk_at: Callable[[int], int | None] = lambda address: None,
     ) -> None:
         self._space = space
         self._area = area
         self._kallsyms = kallsyms
         self._symbol = symbol
+        self._return_thunk_at = return_thunk_at
 
     def create(self, ops: Any, func: int) -> tuple[int, int]:
         """Address and size in bytes of a new trampoline for `ops` that calls `func`."""
@@ -44,7 +54,8 @@ class Trampolines:
         length = len(code)
         size = length + RET_SIZE + 8
         address = self._area.module_alloc(size, f"ftrace_trampoline for {ops!r}", Access.EXECUTE)
-        code += RETURN
+        thunk = self._return_thunk_at(address + length)
+        code += RETURN if thunk is None else text_gen_insn(JMP32_OPCODE, address + length, thunk)
         if regs:
             jump = self._symbol("ftrace_regs_caller_jmp") - start
             if code[jump] != JNZ_SHORT:

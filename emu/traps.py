@@ -105,12 +105,20 @@ class GuestTraps:
         return False
 
     def undefined(self, task: Task, address: int) -> bool:
-        """WARN_ON_ONCE of our entry code: log it once and go on behind the `ud2`, as handle_bug() does."""
+        """WARN of guest code: log it and go on behind the `ud2`, as handle_bug() does."""
         machine = self._machine
         try:
-            if machine.space.read(address, 2) != UD2 or address not in machine.vmlinux.warn_sites:
+            if machine.space.read(address, 2) != UD2:
                 return False
+            entry = machine.bugs.find_bug(address)
         except MemoryFault:
+            return False
+        if entry is not None and entry.is_warning:
+            said = machine.bugs.report_bug(task, entry)
+            machine.warnings += [said] if said else []
+            task.cpu.set_registers({"rip": address + 2})
+            return True
+        if address not in machine.vmlinux.warn_sites:
             return False
         if address not in self.warned:
             self.warned.add(address)

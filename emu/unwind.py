@@ -105,8 +105,8 @@ class Unwinder:
         members = {"ip": "ip", "sp": "sp", "bp": "bp", "r10": "r10", "r13": "r13", "rdi": "di", "rdx": "dx"}
         self._regs = {name: offsetof("pt_regs", member) for name, member in members.items()}
         # Both common trampolines; their copies are found by the ops that own them.
-        symbol = machine.symbol
-        self._callers = range(symbol("ftrace_caller"), symbol("arch_ftrace_ops_list_func"))
+        (last,) = machine.kallsyms.named("ftrace_regs_caller_end")
+        self._callers = range(machine.symbol("ftrace_caller"), last.address + last.size)
         self.recover_return_address: Callable[[int, int], int] = lambda address, slot: address
 
     def walk(self, registers: Mapping[str, int]) -> StackTrace:
@@ -243,7 +243,7 @@ class Unwinder:
             trampoline = ops.trampoline
             if trampoline and 0 <= address - trampoline < ops.trampoline_size:
                 name = "ftrace_regs_caller" if ops.flags & FtraceOpsFl.SAVE_REGS else "ftrace_caller"
-                return self._rows_of_entry().row_at(machine.symbol(name) + address - trampoline)
+                return self.row_at(machine.symbol(name) + address - trampoline)
         return None
 
 

@@ -6,23 +6,35 @@ whatever machine code the rooms above add (livepatch its handler), and the stubs
 leaves for us.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 from elf.errors import KlpemuError, SymbolError
 from elf.image import Image
+from elf.mcount import fentry_sites
 from elf.symbols import Symbol
 from emu.assembly import Code
 from emu.ftrace_64 import append_entry_code, append_list_func
 from emu.kallsyms import Ksym
 from emu.memory import PAGE_SIZE
-from emu.module import Text
+from emu.module import Text, convert_sites, refuse_bad_sites
 from emu.paging import Access
 from emu.placement import Group, Placement, lay_out
 from emu.view import Layouts
 
-__all__ = ["ENTRY_SECTION", "KERNEL_BASE", "EntryCode", "Vmlinux", "place_vmlinux"]
+__all__ = [
+    "ENTRY_SECTION",
+    "KERNEL_BASE",
+    "EntryCode",
+    "Vmlinux",
+    "append_redirection",
+    "append_stubs",
+    "link",
+    "place_vmlinux",
+]
 
 KERNEL_BASE = 0xFFFF_FFFF_8100_0000
 ENTRY_SECTION = ".text..klpemu"
@@ -37,7 +49,8 @@ class Vmlinux:
     """The placed kernel: its sections, and the entry code's bytes and labels.
 
     `exits` maps the address behind the first `hlt` of each exit stub to the stub's name, and behind the
-    second one to "klpemu_return".
+    second one to "klpemu_return".  `sites` are the fentry sites, NOPs by now.  `table` are the symbols of an
+    image that was linked, in address order; another image's are in its file.
     """
 
     placement: Placement
@@ -47,6 +60,15 @@ class Vmlinux:
     exits: dict[int, str]
     symbols: dict[str, int]
     warn_sites: dict[int, str]
+    sites: list[int] = field(default_factory=list)
+    table: list[Ksym] | None = None
+
+    @cached_property
+    def answered(self) -> frozenset[int]:
+        """Where functions begin that are answered in Python: stubs, and what an image has such a stub for."""
+        stubs = {address - 1: name for address, name in self.exits.items() if name != "klpemu_return"}
+        replaced = {self.symbols[name] for name in stubs.values() if f"__klpemu_{name}" in self.labels}
+        return frozenset(stubs) | replaced
 
     def entry_text(self) -> Text:
         """The entry code as it was assembled, with the `int3` filling behind it."""
@@ -56,10 +78,15 @@ class Vmlinux:
 
     def ksyms(self) -> list[Ksym]:
         """All symbols in address order, which is what sympos counts in for vmlinux."""
-        table = self.placement.ksyms("")
+        table = self.placement.ksyms("") if self.table is None else list(self.table)
         starts = [*sorted(set(self.labels.values())), self.entry.start + len(self.entry_code)]
         sizes = dict(zip(starts, (end - start for start, end in pairwise(starts)), strict=False))
-        table += [Ksym(name, address, sizes[address], "") for name, address in self.labels.items()]
+        shared = Counter(self.labels.values())
+        # Where one routine begins at the end of another, the place is called after the one that begins.
+        table += [
+            Ksym(name, address, sizes[address], "", not (name.endswith("_end") and shared[address] > 1))
+            for name, address in self.labels.items()
+        ]
         return sorted(table, key=lambda symbol: symbol.address)
 
 
@@ -91,11 +118,7 @@ def place_vmlinux(
     warn_sites = {start + offset: text for offset, text in code.warnings.items()}
     labels = {name: start + offset for name, offset in code.labels.items() if name not in defined}
     symbols = {**labels, **defined}
-    for offset, name in fixups.items():
-        if name not in symbols:
-            raise SymbolError(f"the kernel image has no symbol {name}", where=image.path)
-        displacement = symbols[name] - (start + offset + 4)
-        code.bytes[offset : offset + 4] = displacement.to_bytes(4, "little", signed=True)
+    link(code, fixups, symbols, start)
 
     def resolve(symbol: Symbol) -> int:
         if symbol.name in labels:
@@ -107,8 +130,11 @@ def place_vmlinux(
         )
 
     placement.relocate(resolve)
+    sites = fentry_sites(image)
+    refuse_bad_sites(image, sites)
+    converted = convert_sites(placement, sites, symbols["__fentry__"])
     group = Group(Access.EXECUTE, start, -(-len(code.bytes) // PAGE_SIZE) * PAGE_SIZE)
-    return Vmlinux(placement, group, bytes(code.bytes), labels, exits, symbols, warn_sites)
+    return Vmlinux(placement, group, bytes(code.bytes), labels, exits, symbols, warn_sites, converted)
 
 
 def _append_all(
@@ -120,10 +146,35 @@ def _append_all(
     exports: Sequence[str],
     start: int,
 ) -> dict[int, str]:
+    append_redirection(code, layouts, per_cpu, fixups, entry_code)
+    return append_stubs(code, exports, start)
+
+
+def append_redirection(
+    code: Code,
+    layouts: Layouts,
+    per_cpu: dict[str, int],
+    fixups: dict[int, str],
+    entry_code: Sequence[EntryCode],
+) -> None:
+    """Append what a redirected call goes through: entry code, list function, and `entry_code`."""
     append_entry_code(code, layouts, fixups)
     append_list_func(code, layouts, per_cpu, fixups)
     for append in entry_code:
         append(code, layouts, per_cpu, fixups)
+
+
+def link(code: Code, fixups: dict[int, str], symbols: dict[str, int], start: int) -> None:
+    """Fill the 32-bit PC-relative fields of code that begins at `start`."""
+    for offset, name in fixups.items():
+        if name not in symbols:
+            raise SymbolError(f"the kernel image has no symbol {name}")
+        displacement = symbols[name] - (start + offset + 4)
+        code.bytes[offset : offset + 4] = displacement.to_bytes(4, "little", signed=True)
+
+
+def append_stubs(code: Code, exports: Sequence[str], start: int) -> dict[int, str]:
+    """Append the stubs through which guest code leaves; returns the exits.  The code begins at `start`."""
     code.align(16)
     exits: dict[int, str] = {}
     for name in ("klpemu_return", *exports):

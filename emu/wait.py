@@ -23,6 +23,8 @@ __all__ = [
     "autoremove_wake_function",
     "complete",
     "complete_all",
+    "complete_one",
+    "completed",
     "default_wake_function",
     "finish_wait",
     "init_wait_entry",
@@ -192,7 +194,7 @@ def __init_swait_queue_head(machine: "Machine", head: int) -> None:
 @export
 def wait_for_completion(machine: "Machine", completion: int) -> None:
     """Sleep until somebody completes it."""
-    _wait_for_common(machine, completion, MAX_SCHEDULE_TIMEOUT, TASK_UNINTERRUPTIBLE)
+    completed(machine, completion)
 
 
 @export
@@ -240,11 +242,7 @@ def completion_done(machine: "Machine", completion: int) -> int:
 @export
 def complete(machine: "Machine", completion: int) -> None:
     """Let one waiter go on, now or when it comes."""
-    done = machine.view("completion", completion)
-    with _completion_locked(machine, done):
-        if done.done != UINT_MAX:
-            done.done = done.done + 1
-        _swake_up_locked(machine, done, everybody=False)
+    complete_one(machine, completion)
 
 
 @export
@@ -254,6 +252,20 @@ def complete_all(machine: "Machine", completion: int) -> None:
     with _completion_locked(machine, done):
         done.done = UINT_MAX
         _swake_up_locked(machine, done, everybody=True)
+
+
+def completed(machine: "Machine", completion: int) -> None:
+    """wait_for_completion(), for a service of the machine."""
+    _wait_for_common(machine, completion, MAX_SCHEDULE_TIMEOUT, TASK_UNINTERRUPTIBLE)
+
+
+def complete_one(machine: "Machine", completion: int) -> None:
+    """complete(), for a service of the machine."""
+    done = machine.view("completion", completion)
+    with _completion_locked(machine, done):
+        if done.done != UINT_MAX:
+            done.done = done.done + 1
+        _swake_up_locked(machine, done, everybody=False)
 
 
 def _wait_for_common(machine: "Machine", address: int, timeout: int, state: int) -> int:
