@@ -7,6 +7,7 @@ not there counts as one that did not fail.
 
 from typing import Any
 
+from elf.errors import KlpemuError
 from patches.klp import Klp
 
 __all__ = [
@@ -26,19 +27,31 @@ def klp_pre_patch_callback(klp: Klp, obj: Any) -> int:
 
 def klp_post_patch_callback(klp: Klp, obj: Any) -> None:
     """All tasks have switched to the patched object."""
-    _call(klp, obj, "post_patch")
+    _notify(klp, obj, "post_patch")
 
 
 def klp_pre_unpatch_callback(klp: Klp, obj: Any) -> None:
     """Before the first task goes back."""
-    _call(klp, obj, "pre_unpatch")
+    _notify(klp, obj, "pre_unpatch")
 
 
 def klp_post_unpatch_callback(klp: Klp, obj: Any) -> None:
     """Nobody uses the patched object any more."""
     if obj.callbacks.post_unpatch_enabled:
-        _call(klp, obj, "post_unpatch")
+        _notify(klp, obj, "post_unpatch")
     obj.callbacks.post_unpatch_enabled = False
+
+
+def _notify(klp: Klp, obj: Any, which: str) -> None:
+    """Call one that cannot refuse.
+
+    If it fails in the guest, whoever drives the machine is told when the core is done: in the kernel the task
+    would die with klp_mutex held.
+    """
+    try:
+        _call(klp, obj, which)
+    except KlpemuError as error:
+        klp.machine.hub.failed(error)
 
 
 def _call(klp: Klp, obj: Any, which: str) -> int:

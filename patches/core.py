@@ -10,9 +10,12 @@ from typing import Any
 
 from elf.errors import KlpemuError
 from emu.errno import KernelErrno
+from emu.kobject import kobject_put
 from emu.list import list_del, list_empty
 from emu.module import ModuleState
+from emu.module_use import module_put, try_module_get
 from emu.mutex import mutex_held
+from emu.wait import completed
 from patches import klp_relocation, patch, transition
 from patches.callbacks import (
     klp_post_patch_callback,
@@ -39,12 +42,16 @@ __all__ = [
     "klp_discard_nops",
     "klp_enable_patch",
     "klp_free_patch_async",
+    "klp_free_patch_finish",
+    "klp_free_patch_start",
     "klp_free_patch_work_fn",
     "klp_free_replaced_patches_async",
     "klp_module_coming",
     "klp_module_going",
     "klp_mutex",
     "klp_unpatch_replaced_patches",
+    "patch_coming_object",
+    "revert_on_going",
 ]
 
 
@@ -82,16 +89,19 @@ def klp_enable_patch(klp: Klp, patch_: Any) -> None:
             what = f"Livepatch patch ({name}) is not compatible with the already installed livepatches."
             klp.log.pr_err(f"livepatch: {what}")
             raise KernelErrno(errno.EINVAL, what)
-        _module_get(klp, patch_)
+        if not try_module_get(patch_.follow_("mod")):
+            raise KernelErrno(errno.ENODEV, f"module '{name}' is going")
         klp_init_patch_early(klp, patch_)
         try:
             klp_init_patch(klp, patch_)
-            _klp_enable_patch(klp, patch_)
-        except KlpemuError:
-            _klp_free_patch_start(klp, patch_)
-            # The kernel does this behind the unlock, which changes nothing.
-            _klp_free_patch_finish(klp, patch_)
-            raise
+            __klp_enable_patch(klp, patch_)
+            return
+        except KlpemuError as error:
+            failed = error
+            klp_free_patch_start(klp, patch_)
+    # Outside of the mutex: who is in the middle of a write to the patch's `enabled` waits for that.
+    klp_free_patch_finish(klp, patch_)
+    raise failed
 
 
 def enabled_store(klp: Klp, patch_: Any, value: bool) -> None:
@@ -108,7 +118,7 @@ def enabled_store(klp: Klp, patch_: Any, value: bool) -> None:
                 errno.EINVAL, f"patch '{klp.name_of(patch_)}' was disabled and cannot come back"
             )
         else:
-            _klp_disable_patch(klp, patch_)
+            __klp_disable_patch(klp, patch_)
 
 
 def force_store(klp: Klp, patch_: Any) -> None:
@@ -139,7 +149,8 @@ def klp_discard_nops(klp: Klp, new_patch: Any) -> None:
 
 def klp_free_patch_async(klp: Klp, patch_: Any) -> None:
     """Take a patch off the list; the rest of its release is work for later."""
-    _klp_free_patch_start(klp, patch_)
+    klp_free_patch_start(klp, patch_)
+    klp.being_freed.add(patch_.address_)
     klp.machine.workqueue.schedule_work("free_work", partial(klp_free_patch_work_fn, klp, patch_))
 
 
@@ -153,11 +164,12 @@ def klp_free_replaced_patches_async(klp: Klp, new_patch: Any) -> None:
 
 def klp_free_patch_work_fn(klp: Klp, patch_: Any) -> None:
     """The work: the part of a patch's release that must happen outside of klp_mutex."""
-    _klp_free_patch_finish(klp, patch_)
+    klp_free_patch_finish(klp, patch_)
+    klp.being_freed.discard(patch_.address_)
     klp.freed(patch_)
 
 
-def _klp_enable_patch(klp: Klp, patch_: Any) -> None:
+def __klp_enable_patch(klp: Klp, patch_: Any) -> None:
     if klp.transition_patch is not None:
         raise KernelErrno(errno.EBUSY, f"patch '{klp.name_of(klp.transition_patch)}' is in transition")
     name = klp.name_of(patch_)
@@ -181,7 +193,7 @@ def _klp_enable_patch(klp: Klp, patch_: Any) -> None:
             except KernelErrno:
                 klp.log.pr_warn(f"livepatch: failed to patch object '{object_name(klp, obj)}'")
                 raise
-    except KernelErrno:
+    except KlpemuError:  # a callback may also fail in the guest
         klp.log.pr_warn(f"livepatch: failed to enable patch '{name}'")
         transition.klp_cancel_transition(klp)
         raise
@@ -190,7 +202,7 @@ def _klp_enable_patch(klp: Klp, patch_: Any) -> None:
     transition.klp_try_complete_transition(klp)
 
 
-def _klp_disable_patch(klp: Klp, patch_: Any) -> None:
+def __klp_disable_patch(klp: Klp, patch_: Any) -> None:
     if klp.transition_patch is not None:
         raise KernelErrno(errno.EBUSY, f"patch '{klp.name_of(klp.transition_patch)}' is in transition")
     transition.klp_init_transition(klp, patch_, KLP_UNPATCHED)
@@ -238,7 +250,7 @@ def klp_module_coming(klp: Klp, module: Any) -> None:
                 _klp_cleanup_module_patches_limited(klp, name, patch_)
                 raise KernelErrno(
                     error.number,
-                    f"patch '{patch_name}' failed for it: {error.what}",
+                    f"patch '{patch_name}' failed for it: {error.reason}",
                     where=f"module '{name}'",
                 ) from error
 
@@ -262,6 +274,12 @@ def _klp_apply_to_coming(klp: Klp, patch_: Any, obj: Any, name: str) -> None:
             f"livepatch: failed to initialize patch '{patch_name}' for module '{name}' (-{error.number})"
         )
         raise
+    patch_coming_object(klp, patch_, obj, name)
+
+
+def patch_coming_object(klp: Klp, patch_: Any, obj: Any, name: str) -> None:
+    """A part of klp_module_coming(): a patch's object is initialised and can be patched."""
+    patch_name = klp.name_of(patch_)
     klp.log.pr_notice(f"livepatch: applying patch '{patch_name}' to loading module '{name}'")
     result = klp_pre_patch_callback(klp, obj)
     if result:
@@ -287,13 +305,18 @@ def _klp_cleanup_module_patches_limited(klp: Klp, name: str, limit: Any) -> None
         obj = _object_of(klp, patch_, name)
         if obj is None or not obj.mod:
             continue
-        if patch_ != klp.transition_patch:
-            klp_pre_unpatch_callback(klp, obj)
-        patch_name = klp.name_of(patch_)
-        klp.log.pr_notice(f"livepatch: reverting patch '{patch_name}' on unloading module '{name}'")
-        patch.klp_unpatch_object(klp, obj)
-        klp_post_unpatch_callback(klp, obj)
+        revert_on_going(klp, patch_, obj, name)
         klp_free_object_loaded(klp, patch_, obj)
+
+
+def revert_on_going(klp: Klp, patch_: Any, obj: Any, name: str) -> None:
+    """A part of klp_cleanup_module_patches_limited(): undo what a patch changed in a module."""
+    if patch_ != klp.transition_patch:
+        klp_pre_unpatch_callback(klp, obj)
+    patch_name = klp.name_of(patch_)
+    klp.log.pr_notice(f"livepatch: reverting patch '{patch_name}' on unloading module '{name}'")
+    patch.klp_unpatch_object(klp, obj)
+    klp_post_unpatch_callback(klp, obj)
 
 
 def klp_free_object_loaded(klp: Klp, patch_: Any, obj: Any) -> None:
@@ -318,44 +341,32 @@ def _object_of(klp: Klp, patch_: Any, name: str) -> Any:
 # Freeing.
 
 
-def _klp_free_patch_finish(klp: Klp, patch_: Any) -> None:
-    """Drop the last reference to the patch's kobject; its module may go from now on, unless it was forced."""
-    patch_.kobj.kref.refcount.refs.counter = 0
-    patch_.kobj.state = 0
-    patch_.finish.done = 1
+def klp_free_patch_finish(klp: Klp, patch_: Any) -> None:
+    """Drop our reference to the patch's kobject and wait for the others; then its module may go, unless the
+    patch was forced.
+    """
+    kobject_put(klp.machine, patch_.kobj)
+    completed(klp.machine, patch_.finish.address_)
     if not patch_.forced:
-        count = patch_.follow_("mod").refcnt
-        count.counter = count.counter - 1
+        module_put(patch_.follow_("mod"))
 
 
-def _module_get(klp: Klp, patch_: Any) -> None:
-    """try_module_get(): as long as a patch is enabled its module cannot be unloaded."""
-    count = patch_.follow_("mod").refcnt
-    count.counter = count.counter + 1
-
-
-def _klp_free_patch_start(klp: Klp, patch_: Any) -> None:
+def klp_free_patch_start(klp: Klp, patch_: Any) -> None:
+    """The part of a patch's release that can be done under klp_mutex: off the lists."""
     if not list_empty(patch_.list):
         list_del(patch_.list)
     _free_objects(klp, patch_, nops_only=False)
 
 
 def _free_objects(klp: Klp, patch_: Any, *, nops_only: bool) -> None:
-    """__klp_free_objects(): unlink the funcs and objects; what was allocated for nops is freed."""
-    slab = klp.machine.slab
+    """__klp_free_objects(): unlink the funcs and objects, and drop our reference to each."""
     for obj in list(klp_for_each_object(patch_)):
         for func in list(klp_for_each_func(obj)):
             if nops_only and not func.nop:
                 continue
             list_del(func.node)
-            func.kobj.state = 0
-            if func.nop:
-                slab.kfree(func.old_name)
-                slab.kfree(func.address_)
+            kobject_put(klp.machine, func.kobj)
         if nops_only and not obj.dynamic:
             continue
         list_del(obj.node)
-        obj.kobj.state = 0
-        if obj.dynamic:
-            slab.kfree(obj.name)
-            slab.kfree(obj.address_)
+        kobject_put(klp.machine, obj.kobj)

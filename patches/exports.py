@@ -5,7 +5,7 @@ machine with livepatch in it answers calls of them (`connect`).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 from emu.machine import Machine
@@ -22,6 +22,7 @@ def klp_export(function: Callable[..., int | None]) -> Callable[..., int | None]
     """Enter a function; it gets the core and as many integer arguments as it names after that."""
     count = function.__code__.co_argcount - 1
 
+    @wraps(function)
     def answer(klp: Klp, registers: dict[str, int]) -> int | None:
         return function(klp, *(registers[name] for name in ARGUMENTS[:count]))
 

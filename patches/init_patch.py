@@ -9,6 +9,7 @@ from typing import Any
 
 from elf.errors import SymbolError
 from emu.errno import KernelErrno
+from emu.kobject import kobject_add, kobject_init
 from emu.list import init_list_head, list_add_tail
 from emu.module import MODULE_NAME_LEN
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
@@ -24,49 +25,45 @@ __all__ = [
 ]
 
 KSYM_NAME_LEN = 512  # include/linux/kallsyms.h
-SYSFS = "/kernel/livepatch"
-KOBJECT_INITIALIZED = 1 << 0
-KOBJECT_IN_SYSFS = 1 << 1
 
 
 def klp_init_patch_early(klp: Klp, patch_: Any) -> None:
     """Lists and kobjects, before anything can fail."""
     init_list_head(patch_.list)
     init_list_head(patch_.obj_list)
-    _kobject_init(patch_)
+    kobject_init(klp.machine, patch_.kobj, klp.klp_ktype_patch)
     patch_.enabled = False
     patch_.forced = False
     patch_.finish.done = 0
+    init_list_head(patch_.finish.wait.task_list)
     for obj in static_objects(klp.machine, patch_):
-        _klp_init_object_early(patch_, obj)
+        _klp_init_object_early(klp, patch_, obj)
         for func in static_funcs(klp.machine, obj):
-            _klp_init_func_early(obj, func)
+            _klp_init_func_early(klp, obj, func)
 
 
-def _klp_init_object_early(patch_: Any, obj: Any) -> None:
+def _klp_init_object_early(klp: Klp, patch_: Any, obj: Any) -> None:
     init_list_head(obj.func_list)
-    _kobject_init(obj)
+    kobject_init(klp.machine, obj.kobj, klp.klp_ktype_object)
     list_add_tail(obj.node, patch_.obj_list)
 
 
-def _klp_init_func_early(obj: Any, func: Any) -> None:
-    _kobject_init(func)
+def _klp_init_func_early(klp: Klp, obj: Any, func: Any) -> None:
+    kobject_init(klp.machine, func.kobj, klp.klp_ktype_func)
     list_add_tail(func.node, obj.func_list)
 
 
 def klp_init_patch(klp: Klp, patch_: Any) -> None:
     """Initialise all objects and funcs, and put the patch behind the enabled ones."""
-    _kobject_add(patch_)
+    kobject_add(klp.machine, patch_.kobj, klp.klp_root_kobj, klp.name_of(patch_))
     if patch_.replace:
         _klp_add_nops(klp, patch_)
-    names: set[str] = set()
     for obj in klp_for_each_object(patch_):
-        _klp_init_object(klp, patch_, obj, names)
+        _klp_init_object(klp, patch_, obj)
     list_add_tail(patch_.list, klp.klp_patches)
 
 
-def _klp_init_object(klp: Klp, patch_: Any, obj: Any, siblings: set[str]) -> None:
-    """`siblings` are the names of the patch's objects so far; each has a directory of its own in sysfs."""
+def _klp_init_object(klp: Klp, patch_: Any, obj: Any) -> None:
     name = object_name(klp, obj)
     if len(name) >= MODULE_NAME_LEN:
         raise KernelErrno(errno.EINVAL, f"the name of object '{name}' is too long")
@@ -74,17 +71,14 @@ def _klp_init_object(klp: Klp, patch_: Any, obj: Any, siblings: set[str]) -> Non
     obj.mod = 0
     if obj.name:
         _klp_find_object_module(klp, obj)
-    directory = f"{SYSFS}/{klp.name_of(patch_)}"
-    _sysfs_name(klp, directory, name, siblings)
-    _kobject_add(obj)
-    names: set[str] = set()
+    kobject_add(klp.machine, obj.kobj, patch_.kobj, name)
     for func in klp_for_each_func(obj):
-        _klp_init_func(klp, func, f"{directory}/{name}", names)
+        _klp_init_func(klp, obj, func)
     if klp_is_object_loaded(obj):
         klp_init_object_loaded(klp, patch_, obj)
 
 
-def _klp_init_func(klp: Klp, func: Any, directory: str, siblings: set[str]) -> None:
+def _klp_init_func(klp: Klp, obj: Any, func: Any) -> None:
     if not func.old_name or not (func.new_func or func.nop):
         raise KernelErrno(errno.EINVAL, "a func without a name or without a replacement")
     name = klp.string(func.old_name)
@@ -93,25 +87,8 @@ def _klp_init_func(klp: Klp, func: Any, directory: str, siblings: set[str]) -> N
     init_list_head(func.stack_node)
     func.patched = False
     func.transition = False
-    _sysfs_name(klp, directory, f"{name},{func.old_sympos or 1}", siblings)
-    _kobject_add(func)
-
-
-def _sysfs_name(klp: Klp, directory: str, name: str, siblings: set[str]) -> None:
-    """Every kobject is a directory, so that two of one name cannot be (fs/sysfs/dir.c, lib/kobject.c)."""
-    if name in siblings:
-        klp.log.pr_warn(f"sysfs: cannot create duplicate filename '{directory}/{name}'")
-        klp.log.pr_err(
-            f"kobject_add_internal failed for {name} with -EEXIST, "
-            "don't try to register things with the same name in the same directory."
-        )
-        raise KernelErrno(
-            errno.EEXIST,
-            f"'{name}' is there twice",
-            where=directory,
-            advice="name each function once; sympos 0 and 1 are the same",
-        )
-    siblings.add(name)
+    # In sysfs the first of several functions of one name and the only one are alike.
+    kobject_add(klp.machine, func.kobj, obj.kobj, f"{name},{func.old_sympos or 1}")
 
 
 def klp_init_object_loaded(klp: Klp, patch_: Any, obj: Any) -> None:
@@ -177,8 +154,12 @@ def _klp_alloc_object_dynamic(klp: Klp, patch_: Any, name: str) -> Any:
         "klp_object", machine.slab.kzalloc(machine.layouts.sizeof("klp_object"), "dynamic klp_object")
     )
     if name != VMLINUX:
-        obj.name = machine.slab.kstrdup(name, "name of a dynamic klp_object")
-    _klp_init_object_early(patch_, obj)
+        try:
+            obj.name = machine.slab.kstrdup(name, "name of a dynamic klp_object")
+        except KernelErrno:
+            machine.slab.kfree(obj.address_)
+            raise
+    _klp_init_object_early(klp, patch_, obj)
     obj.dynamic = True
     return obj
 
@@ -186,8 +167,12 @@ def _klp_alloc_object_dynamic(klp: Klp, patch_: Any, name: str) -> Any:
 def _klp_alloc_func_nop(klp: Klp, obj: Any, old_func: Any) -> None:
     machine = klp.machine
     func = machine.view("klp_func", machine.slab.kzalloc(machine.layouts.sizeof("klp_func"), "nop klp_func"))
-    func.old_name = machine.slab.kstrdup(klp.string(old_func.old_name), "name of a nop klp_func")
-    _klp_init_func_early(obj, func)
+    try:
+        func.old_name = machine.slab.kstrdup(klp.string(old_func.old_name), "name of a nop klp_func")
+    except KernelErrno:
+        machine.slab.kfree(func.address_)
+        raise
+    _klp_init_func_early(klp, obj, func)
     func.old_sympos = old_func.old_sympos
     func.nop = True
 
@@ -208,12 +193,3 @@ def klp_is_object_loaded(obj: Any) -> bool:
 def object_name(klp: Klp, obj: Any) -> str:
     """The name of a klp_object's module, or "vmlinux"."""
     return klp.string(obj.name) if obj.name else VMLINUX
-
-
-def _kobject_init(owner: Any) -> None:
-    owner.kobj.kref.refcount.refs.counter = 1
-    owner.kobj.state = KOBJECT_INITIALIZED
-
-
-def _kobject_add(owner: Any) -> None:
-    owner.kobj.state = KOBJECT_INITIALIZED | KOBJECT_IN_SYSFS

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from emu.kobject import KobjType, kobject_create_and_add
 from emu.machine import Machine
 from emu.memory import read_string
 from emu.printk import Printk
@@ -16,6 +17,7 @@ __all__ = ["Klp", "klp_for_each_func", "klp_for_each_object"]
 class Klp:
     """One machine's livepatch core.
 
+    `klp_root_kobj` is the kobject of /sys/kernel/livepatch, the `klp_ktype_...` are set by patches/sysfs.py.
     `freed` is called when a patch's release is done, which is when its module may go.  `why_not` has, by
     task_struct, why the last attempt could not switch a task.
     """
@@ -26,8 +28,14 @@ class Klp:
     klp_transition_patch: GuestVariable = field(init=False)
     klp_target_state: GuestVariable = field(init=False)
     klp_signals_cnt: GuestVariable = field(init=False)
+    klp_root_kobj: Any = field(init=False)
+    klp_ktype_patch: KobjType = field(default_factory=KobjType)
+    klp_ktype_object: KobjType = field(default_factory=KobjType)
+    klp_ktype_func: KobjType = field(default_factory=KobjType)
     freed: Callable[[Any], None] = field(default=lambda patch: None)
     why_not: dict[int, str] = field(default_factory=dict)
+    # Addresses of the klp_patches that are off the list and still wait for their release.
+    being_freed: set[int] = field(default_factory=set)
     # By id of shadow variables, the livepatch modules that have allocated or freed any.
     shadow_users: dict[int, set[str]] = field(default_factory=dict)
     # old_func to the address of its klp_ops: a guess, checked in guest memory before it is used.
@@ -41,6 +49,7 @@ class Klp:
         self.klp_transition_patch = machine.variable("klp_transition_patch")
         self.klp_target_state = machine.variable("klp_target_state", "<i")
         self.klp_signals_cnt = machine.variable("klp_signals_cnt", "<I")
+        self.klp_root_kobj = kobject_create_and_add(machine, "livepatch", machine.kernel_kobj)
 
     @property
     def log(self) -> Printk:
@@ -70,6 +79,20 @@ class Klp:
         """The idle task of each possible CPU."""
         for rq in self.machine.sched.runqueues:
             yield self.machine.view("task_struct", rq.idle.struct)
+
+    def leads_into(self, module: int) -> bool:
+        """Whether the struct module at `module` is that of the patch in transition, or a func_stack has a
+        function of it.
+        """
+        patch = self.transition_patch
+        if patch is not None and patch.mod == module:
+            return True
+        core = self.machine.view("module", module).core_layout
+        return any(
+            core.base <= func.new_func < core.base + core.size
+            for ops in self.ops()
+            for func in list_for_each_entry(ops.func_stack, "klp_func", "stack_node")
+        )
 
     def name_of(self, patch: Any) -> str:
         """A patch is called as its module."""

@@ -220,6 +220,12 @@ def _refuse_stray(placement: Placement, rela: Section) -> None:
             where=image.place(rela.name),
             advice="both need SHF_ALLOC",
         )
+    if _is_for_later(rela) and placement.is_init(rela.info):
+        raise RelocationError(
+            "it applies to what is freed after init: the kernel would write to freed memory",
+            where=image.place(rela.name),
+            advice="relocate nothing in .init.* that is not there yet",
+        )
     if not _is_in_memory(placement, rela):
         return
     memory = _UnformedMemory(placement)

@@ -86,7 +86,11 @@ def materialise(machine: Any, patch: Patch, module: int, new_func: Mapping[str, 
     guest = view("klp_patch", slab.kzalloc(layouts.sizeof("klp_patch"), f"klp_patch of {owner}"))
     guest.mod = module
     guest.replace = patch.replace
-    guest.objs = slab.kzalloc(object_size * (len(patch.objects) + 1), f"klp_object[] of {owner}")
+    try:
+        guest.objs = slab.kzalloc(object_size * (len(patch.objects) + 1), f"klp_object[] of {owner}")
+    except KlpemuError:
+        slab.kfree(guest.address_)
+        raise
     try:
         _fill(machine, patch, guest, new_func)
     except KlpemuError:
@@ -124,15 +128,19 @@ def discard(machine: Any, guest: Any) -> None:
 def declared(klp: Any, guest: Any, path: str) -> tuple[Patch, dict[str, int]]:
     """What a livepatch module's own structs declare: the patch, and its replacements' addresses by name.
 
-    Read before the core touches them: afterwards the objects also hold what it added.
+    Read before the core touches them: afterwards the objects also hold what it added.  An object without
+    funcs, which has callbacks only, is left out.
     """
     objects: dict[str, list[Func]] = {}
     new_func: dict[str, int] = {}
     for obj in static_objects(klp.machine, guest):
-        funcs = objects.setdefault(klp.string(obj.name) if obj.name else VMLINUX, [])
-        for func in static_funcs(klp.machine, obj):
+        objname = klp.string(obj.name) if obj.name else VMLINUX
+        for func in static_funcs(klp.machine, obj) if obj.funcs else ():
+            if not func.old_name or not func.new_func:
+                continue  # the core refuses that
             new = klp.machine.kallsyms.describe(func.new_func).split("+")[0]
             new_func[new] = func.new_func
+            funcs = objects.setdefault(objname, [])
             funcs.append(Func(klp.string(func.old_name), new, func.old_sympos))
     return Patch(klp.name_of(guest), objects, code=path, replace=guest.replace), new_func
 

@@ -101,13 +101,7 @@ def _klp_patch_func(klp: Klp, func: Any) -> None:
     name = klp.string(func.old_name)
     location = machine.ftrace.ftrace_location(old_func)
     if not location:
-        klp.log.pr_err(f"livepatch: failed to find location for function '{name}'")
-        raise KernelErrno(
-            errno.EINVAL,
-            f"failed to find location for function '{name}'",
-            where=machine.kallsyms.describe(old_func),
-            advice="it has no fentry site; patch its callers instead",
-        )
+        raise _no_location(klp, old_func, name)
     ops = machine.view(
         "klp_ops", machine.slab.kzalloc(machine.layouts.sizeof("klp_ops"), f"klp_ops of {name}")
     )
@@ -125,6 +119,32 @@ def _klp_patch_func(klp: Klp, func: Any) -> None:
         raise
     klp.ops_hints[old_func] = ops.address_
     func.patched = True
+    if old_func in machine.vmlinux.answered:
+        # The site is the kernel's own; what is behind it leaves no frame for the stack check to find.
+        klp.log.pr_warn(f"klpemu: '{name}' is answered in Python: who sleeps in it cannot be judged here")
+
+
+def _no_location(klp: Klp, old_func: int, name: str) -> KernelErrno:
+    """The error for a function without an fentry site.
+
+    A kernel may well have one in a function that klpemu answers in Python.
+    """
+    where = klp.machine.kallsyms.describe(old_func)
+    klp.log.pr_err(f"livepatch: failed to find location for function '{name}'")
+    if old_func in klp.machine.vmlinux.answered:
+        klp.log.pr_err(f"klpemu: '{name}' is answered in Python: a patch of it cannot be judged here")
+        return KernelErrno(
+            errno.EINVAL,
+            f"klpemu answers '{name}' in Python, so it has neither code nor a fentry site to patch",
+            where=where,
+            advice="a kernel may accept this patch; check it with an image that has the function's code",
+        )
+    return KernelErrno(
+        errno.EINVAL,
+        f"failed to find location for function '{name}'",
+        where=where,
+        advice="it has no fentry site; patch its callers instead",
+    )
 
 
 def _register(klp: Klp, ops: Any, location: int, name: str) -> None:

@@ -13,6 +13,7 @@ from itertools import compress
 from struct import unpack
 from typing import Any
 
+from emu.errno import KernelErrno
 from emu.hashtable import hash_bucket, hlist_add_head_rcu, hlist_del_init_rcu, hlist_for_each_entry
 from emu.kfree_rcu import kfree_rcu
 from emu.memory import read_u64
@@ -113,7 +114,10 @@ def new_shadow(klp: Klp, size: int) -> Any:
     total = size + machine.layouts.sizeof("klp_shadow") & 0xFFFF_FFFF_FFFF_FFFF
     if total > KMALLOC_MAX_SIZE:
         return None
-    return machine.view("klp_shadow", machine.slab.kzalloc(total, f"klp_shadow by {machine.caller()}"))
+    try:
+        return machine.view("klp_shadow", machine.slab.kzalloc(total, f"klp_shadow by {machine.caller()}"))
+    except KernelErrno:
+        return None
 
 
 def hash_add(klp: Klp, shadow: Any) -> None:

@@ -4,12 +4,14 @@ Variants that change what a patch keeps on the func_stacks replace `expected_fun
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from emu.kallsyms import Kallsyms
 from patches.invariants.subject import ExpectedFunc
+from patches.klp import Klp
 from patches.livepatch import VMLINUX, Patch
 
-__all__ = ["expected_funcs", "expected_functions"]
+__all__ = ["expected_funcs", "expected_functions", "has_funcs_on_stacks"]
 
 
 def expected_functions(
@@ -40,6 +42,14 @@ def expected_functions(
         ExpectedFunc(address, kallsyms.describe(address), tuple(stack), address in on_top)
         for address, stack in stacks.items()
     ]
+
+
+def has_funcs_on_stacks(klp: Klp, guest: Any) -> bool:
+    """Whether the patch of a klp_patch that the core knows has funcs on the func_stacks.
+
+    It has, from when it is enabled until it is gone; where a patch outlives being disabled a variant says so.
+    """
+    return True
 
 
 def expected_funcs(

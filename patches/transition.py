@@ -28,7 +28,7 @@ from emu.thread_info import (
     test_tsk_thread_flag,
 )
 from emu.timer import HZ
-from patches import core, patch
+from patches import core, debug, patch
 from patches.callbacks import klp_post_patch_callback, klp_post_unpatch_callback
 from patches.handler import KLP_PATCHED, KLP_UNDEFINED, KLP_UNPATCHED
 from patches.init_patch import klp_is_object_loaded
@@ -59,6 +59,7 @@ def connect(klp: Klp) -> None:
     """Put livepatch's calls into the scheduler, fork and the way to user space."""
     klp.machine.klp_update_patch_state = lambda task: klp_update_patch_state(klp, task)
     klp.machine.klp_copy_process = lambda child, parent: klp_copy_process(klp, child, parent)
+    klp.log.dynamic_debug.add(debug.CALLSITES)
 
 
 def klp_init_transition(klp: Klp, patch_: Any, state: int) -> None:
@@ -67,7 +68,9 @@ def klp_init_transition(klp: Klp, patch_: Any, state: int) -> None:
         klp.warn_once("klp_init_transition", "klp_target_state != KLP_UNDEFINED")
     klp.klp_transition_patch.set(patch_)
     klp.klp_target_state.set(state)
-    klp.log.pr_debug(f"livepatch: '{klp.name_of(patch_)}': initializing {_direction(state)} transition")
+    klp.log.pr_debug(
+        f"livepatch: '{klp.name_of(patch_)}': initializing {_direction(state)} transition", debug.INITIALIZING
+    )
     klp.why_not.clear()
     initial = KLP_PATCHED if state == KLP_UNPATCHED else KLP_UNPATCHED
     for task in _each_task(klp):
@@ -100,7 +103,9 @@ def klp_reverse_transition(klp: Klp) -> None:
     patch_ = klp.transition_patch
     target = klp.klp_target_state.get()
     there, back = _direction(target), _direction(1 - target)
-    klp.log.pr_debug(f"livepatch: '{klp.name_of(patch_)}': reversing transition from {there} to {back}")
+    klp.log.pr_debug(
+        f"livepatch: '{klp.name_of(patch_)}': reversing transition from {there} to {back}", debug.REVERSING
+    )
     patch_.enabled = not patch_.enabled
     klp.klp_target_state.set(1 - target)
     klp.why_not.clear()
@@ -150,7 +155,7 @@ def klp_cancel_transition(klp: Klp) -> None:
         klp.warn_once("klp_cancel_transition", "klp_target_state != KLP_PATCHED")
         return
     name = klp.name_of(klp.transition_patch)
-    klp.log.pr_debug(f"livepatch: '{name}': canceling patching transition, going to unpatch")
+    klp.log.pr_debug(f"livepatch: '{name}': canceling patching transition, going to unpatch", debug.CANCELING)
     klp.klp_target_state.set(KLP_UNPATCHED)
     klp_complete_transition(klp)
 
@@ -160,7 +165,7 @@ def klp_complete_transition(klp: Klp) -> None:
     patch_ = klp.transition_patch
     target = klp.klp_target_state.get()
     name = klp.name_of(patch_)
-    klp.log.pr_debug(f"livepatch: '{name}': completing {_direction(target)} transition")
+    klp.log.pr_debug(f"livepatch: '{name}': completing {_direction(target)} transition", debug.COMPLETING)
     if patch_.replace and target == KLP_PATCHED:
         core.klp_unpatch_replaced_patches(klp, patch_)
         core.klp_discard_nops(klp, patch_)
@@ -210,7 +215,10 @@ def klp_try_switch_task(klp: Klp, struct: Any, check: StackCheck) -> bool:
     with klp.machine.sched.task_rq_locked(task):
         problem = _klp_check_and_switch_task(klp, task, struct, check)
     if problem:
-        klp.log.pr_debug(f"livepatch: klp_try_switch_task: {_comm(struct)}:{struct.pid} {problem}")
+        klp.log.pr_debug(
+            f"livepatch: klp_try_switch_task: {_comm(struct)}:{struct.pid} {problem}",
+            debug.switch_callsite(problem),
+        )
         klp.why_not[struct.address_] = problem
     else:
         klp.why_not.pop(struct.address_, None)

@@ -72,7 +72,11 @@ class Consistency:
         self._versions.pop(patch, None)
 
     def about_to_free(self, start: int, end: int, what: str) -> None:
-        """Code is about to be freed: nobody may run it, or return into it."""
+        """nobody_runs_what_is_freed: When code is freed no task runs it or will return into it.
+
+        Source: klp_free_patch_finish(), and klp_force_transition(), after which nothing is freed;
+        "Consistency model" in Documentation/livepatch/livepatch.rst.
+        """
         for task in self._machine.tasks:
             self._checks[FREED] = self._checks.get(FREED, 0) + 1
             for address in self._reachable(task):
@@ -93,6 +97,11 @@ class Consistency:
     # What happens.
 
     def _executed(self, task: Task, function: int) -> None:
+        """versions_are_never_mixed: Between two of its switch points a task calls functions of one version of
+        a patch only, the old ones or the new ones.
+
+        Source: "Consistency model" in Documentation/livepatch/livepatch.rst.
+        """
         stretch = self._stretches.setdefault(task.struct, _Stretch())
         stretch.executed[function] = None
         for versions in self._versions.values():
@@ -123,6 +132,11 @@ class Consistency:
             self._versions[patch] = self._versions_of(patch)
 
     def _switched(self, struct: int) -> None:
+        """switched_tasks_have_left_what_changes: A task that is switched by a stack check has no function on
+        its stack that the transition changes.
+
+        Source: klp_check_stack() of kernel/livepatch/transition.c.
+        """
         patch = read_u64(self._machine.space, self._transition_patch)
         versions = self._versions.get(patch)
         task = self._machine.by_struct.get(struct)

@@ -19,6 +19,8 @@ GLOBAL_LISTS = ("klp_patches", "klp_ops", "modules", "ftrace_ops_trampoline_list
 def lists_are_well_formed(subject: Subject) -> Iterator[Finding | None]:
     """Every list of the patch core and of ftrace can be walked, both ways where it has two, to the same
     entries.
+
+    Source: include/linux/list.h and rculist.h; add_ftrace_ops() of kernel/trace/ftrace.c.
     """
     invariant = "lists_are_well_formed"
     for name, head in _heads(subject):
@@ -36,6 +38,8 @@ def lists_are_well_formed(subject: Subject) -> Iterator[Finding | None]:
 def patches_are_listed(subject: Subject) -> Iterator[Finding | None]:
     """klp_patches holds the enabled patches, oldest first; the transition that is on, if any, is one of
     theirs.
+
+    Source: klp_init_patch() and klp_free_patch_start() of kernel/livepatch/core.c.
     """
     invariant = "patches_are_listed"
     listed = entries(subject, subject.symbols["klp_patches"], "klp_patch", "list")
@@ -56,7 +60,11 @@ def patches_are_listed(subject: Subject) -> Iterator[Finding | None]:
 
 
 def func_stacks_hold_the_patches(subject: Subject) -> Iterator[Finding | None]:
-    """Each patched function has one klp_ops, whose func_stack holds its patches' funcs, newest on top."""
+    """Each patched function has one klp_ops, whose func_stack holds its patches' funcs, newest on top.
+
+    Source: klp_patch_func() and klp_unpatch_func() of kernel/livepatch/patch.c; d697bad588 ("livepatch:
+    Remove Nop structures when unused") (in v5.1).
+    """
     invariant = "func_stacks_hold_the_patches"
     expected = {function.address: function for function in subject.functions}
     found: dict[int, tuple[int | None, ...]] = {}

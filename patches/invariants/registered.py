@@ -7,6 +7,7 @@ could not be read is in `FtraceState`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from struct import Struct
 from typing import Any
 
 from emu.kallsyms import Kallsyms
@@ -19,7 +20,7 @@ OPS_FL_ENABLED = 1 << 0
 OPS_FL_STUB = 1 << 5
 FTRACE_HASH_MAX_BITS = 12
 GOLDEN_RATIO_64 = 0x61C8_8646_80B5_83EB  # include/linux/hash.h
-RECORD_SIZE = 16  # two words: ip and flags
+RECORD = Struct("<QQ")  # ip, flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +41,27 @@ class RegisteredOps:
 
 @dataclass(slots=True)
 class FtraceState:
-    """The records (ip to flags, ip to the record's address), the ops newest first, and what was not readable.
+    """The records (ip to flags), the ops newest first, and what was not readable.
 
-    `list_damage` is of ftrace_ops_list itself, `hash_damage` of the hashes, `record_damage` of the record
-    pages.
+    `tables` are the arrays of records: address, and (ip, flags) of each.  `list_damage` is of ftrace_ops_list
+    itself, `hash_damage` of the hashes, `record_damage` of the record pages.
     """
 
     flags: dict[int, int] = field(default_factory=dict)
-    record_at: dict[int, int] = field(default_factory=dict)
+    tables: list[tuple[int, list[tuple[int, int]]]] = field(default_factory=list)
     ops: list[RegisteredOps] = field(default_factory=list)
     record_damage: list[Damage] = field(default_factory=list)
     list_damage: list[Damage] = field(default_factory=list)
     hash_damage: list[Damage] = field(default_factory=list)
+
+    def record_at(self, ip: int) -> int:
+        """Guest virtual address of the last record that says `ip`."""
+        return max(
+            table + RECORD.size * index
+            for table, rows in self.tables
+            for index, row in enumerate(rows)
+            if row[0] == ip
+        )
 
 
 def read_ftrace(
@@ -79,15 +89,14 @@ def _read_records(state: FtraceState, memory: Memory, layouts: Layouts, start: i
                 what = f"an ftrace_page counts {count} records, {sites - len(state.flags)} are possible"
                 state.record_damage.append(Damage(what, page.member_("index")))
                 continue
-            data = memory.read(records, RECORD_SIZE * count)
+            data = memory.read(records, RECORD.size * count)
         except MemoryFault as fault:
             what = f"an ftrace_page leads to unmapped {fault.address:#x}"
             state.record_damage.append(Damage(what, page.address_))
             return
-        for offset in range(0, len(data), RECORD_SIZE):
-            ip = int.from_bytes(data[offset : offset + 8], "little")
-            state.flags[ip] = int.from_bytes(data[offset + 8 : offset + 16], "little")
-            state.record_at[ip] = records + offset
+        rows = list(RECORD.iter_unpack(data))
+        state.flags.update(rows)
+        state.tables.append((records, rows))
 
 
 def _each_ops(

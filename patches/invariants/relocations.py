@@ -42,6 +42,8 @@ def expected_texts(loaded: LoadedObject) -> list[Text]:
 def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:
     """Each klp relocation whose object is there is written, with its symbol's address, and each that is
     written fits its field and lies in the section that it is for.
+
+    Source: Documentation/livepatch/module-elf-format.rst; klp_apply_section_relocs().
     """
     objects = _objects(subject)
     for loaded in subject.livepatches:

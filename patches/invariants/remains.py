@@ -17,6 +17,9 @@ TIF_PATCH_PENDING = 1 << 13
 def nothing_remains(subject: Subject) -> Iterator[Finding | None]:
     """Once all patches are gone there is no trampoline, no ops and no allocation beyond what was there
     before.
+
+    Source: klp_free_patch_finish() and klp_unpatch_func(); the selftests of livepatch, which load and unload
+    without end.
     """
     if subject.patches:
         return
@@ -26,7 +29,10 @@ def nothing_remains(subject: Subject) -> Iterator[Finding | None]:
 
 
 def heap_is_intact(subject: Subject) -> Iterator[Finding | None]:
-    """The red zones around every object hold, and no freed object was written to."""
+    """The red zones around every object hold, and no freed object was written to.
+
+    Source: Documentation/mm/slub.rst: what slub_debug=FZP checks.
+    """
     if subject.slab is None:
         return
     for damage in subject.slab.corruptions(subject.memory):
@@ -48,6 +54,9 @@ def _filler(damage: Corruption) -> int:
 def tasks_are_settled(subject: Subject) -> Iterator[Finding | None]:
     """Without a transition every patch_state and the target state are KLP_UNDEFINED; in one every task has a
     state, and TIF_PATCH_PENDING if that is not the target.
+
+    Source: klp_init_transition() and klp_complete_transition() of kernel/livepatch/transition.c, and their
+    WARN_ON_ONCE()s.
     """
     transition_patch = subject.pointer("klp_transition_patch")
     listed = entries(subject, subject.symbols["klp_patches"], "klp_patch", "list")

@@ -1,6 +1,7 @@
 """Shadow variables: the hash table is whole, and nothing in it has outlived everybody who knows of it."""
 
 from collections.abc import Iterator
+from itertools import compress
 from struct import unpack
 from typing import Any
 
@@ -19,6 +20,8 @@ GOLDEN_RATIO = 0x61C8_8646_80B5_83EB  # GOLDEN_RATIO_64 of include/linux/hash.h
 def shadow_variables_are_hashed(subject: Subject) -> Iterator[Finding | None]:
     """Every shadow variable is in the bucket of its object, linked both ways, in live memory, and the only
     one of its object and id.
+
+    Source: klp_shadow_hash and klp_shadow_lock of kernel/livepatch/shadow.c.
     """
     if TABLE not in subject.symbols:
         return
@@ -53,6 +56,9 @@ def no_shadow_variable_remains(subject: Subject) -> Iterator[Finding | None]:
     """A shadow variable goes before the last livepatch module that allocated or freed one of its id.
 
     The kernel leaves that to the modules.  A cumulative patch that is enabled may have taken them over.
+
+    Source: Documentation/livepatch/shadow-vars.rst: a variable is freed before its parent is, or with all
+    of its id.
     """
     if TABLE not in subject.symbols:
         return
@@ -83,7 +89,8 @@ def _nodes(subject: Subject) -> Iterator[tuple[int, int, int]]:
     """
     table, count = subject.symbols[TABLE], 1 << HASH_BITS
     heads = unpack(f"<{count}Q", subject.memory.read(table, 8 * count))
-    for bucket, at in enumerate(heads):
+    for bucket in compress(range(count), heads):  # most are empty
+        at = heads[bucket]
         link = table + 8 * bucket
         while at:
             yield bucket, link, at

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 
 from unicorn.unicorn_py3.unicorn import UcError
 
@@ -17,12 +18,15 @@ __all__ = ["calls_reach_the_expected_function", "expected_target"]
 
 # restore_mcount_regs brings these back, the handler's C ABI the others (psABI 3.2.1, "callee-saved").
 ALWAYS_KEPT = ("rax", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rbx", "r8", "r9", "r12", "r13", "r14", "r15")
+THUNKS = ("_return_thunk", "_safe_ret")  # on its way a return may pass those of arch/x86/lib/retpoline.S
 RETURNS = {"ret", "retf", "retfq", "iret", "iretd", "iretq"}
 
 
 def calls_reach_the_expected_function(subject: Subject) -> Iterator[Finding | None]:
     """Executed from its first byte, each patched function ends up at the func on top, every kept register
     intact.
+
+    Source: klp_ftrace_handler() of kernel/livepatch/patch.c.
     """
     if subject.execute is None:
         return
@@ -100,29 +104,37 @@ def _decode(subject: Subject, address: int) -> Instruction:
     code = subject.memory.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
     with contextlib.suppress(MemoryFault):
         code = subject.memory.read(address, 15)
+    return _decoded(code, address)
+
+
+@lru_cache(maxsize=1 << 14)
+def _decoded(code: bytes, address: int) -> Instruction:
+    """The first instruction of the code.  Most streams go through the same trampolines and handler."""
     return next(disassemble(code, address))
 
 
-def _successors(instruction: Instruction) -> set[int] | None:
+@lru_cache(maxsize=1 << 14)
+def _successors(instruction: Instruction) -> frozenset[int] | None:
     """Where execution may go from an instruction; None where only the machine can tell."""
     word = instruction.mnemonic.split()[-1]
     behind = instruction.address + len(instruction.code)
     if word in RETURNS:
         return None
     if word in ("jmp", "call"):
-        return {int(instruction.operands, 16)} if instruction.operands.startswith("0x") else None
+        return frozenset({int(instruction.operands, 16)}) if instruction.operands.startswith("0x") else None
     if word.startswith(("j", "loop")):
-        return {behind, int(instruction.operands, 16)}
+        return frozenset({behind, int(instruction.operands, 16)})
     if instruction.mnemonic.startswith("rep"):
-        return {behind, instruction.address}
-    return {behind}
+        return frozenset({behind, instruction.address})
+    return frozenset({behind})
 
 
 def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) -> str | None:
     """The stream may touch the function up to its site, the trampoline, and what that calls, no more."""
     if not function.stack:
         return None
-    names = [name for name, _ in itertools.groupby(_region(subject, address) for address in stream.addresses)]
+    regions = (_region(subject, address) for address in stream.addresses)
+    names = [name for name, _ in itertools.groupby(each for each in regions if not each.endswith(THUNKS))]
     handler = [name for name in names if name == "klp_ftrace_handler"]
     if len(handler) != 1:
         return f"the stream went through {' -> '.join(names)}: the handler must run exactly once"
@@ -140,11 +152,8 @@ def _region(subject: Subject, address: int) -> str:
     if symbol is None:
         return f"{address:#x}"
     for name in ("ftrace_caller", "ftrace_regs_caller", "klp_ftrace_handler", "arch_ftrace_ops_list_func"):
-        if (
-            subject.symbols[name]
-            <= address
-            < subject.symbols[f"{name}_end"] + (16 if "caller" in name else 0)
-        ):
+        end = subject.symbols.get(f"{name}_end")  # none where a whole function has one symbol
+        if end is not None and subject.symbols[name] <= address < end + (16 if "caller" in name else 0):
             return name
     return symbol.name
 

@@ -43,6 +43,9 @@ class Subject:
     its enabled patches.
     `shadow_users` are the livepatch modules that have allocated or freed shadow variables, by these' id.
     `livepatches` are the modules of the enabled patches.
+    `directories` are those below /sys/kernel/livepatch, with the address of the kobject that each shows, 0
+    for none; None if nothing is known of them (a dump, say).  `log` are the lines of the kernel's log.
+    `return_thunk_at` gives the address of the thunk through which the return at an address has to go.
     """
 
     memory: Memory
@@ -58,6 +61,9 @@ class Subject:
     remaining: Sequence[tuple[int, str]] = ()
     shadow_users: Mapping[int, Set[str]] = field(default_factory=dict)
     livepatches: Sequence[LoadedObject] = ()
+    directories: Mapping[str, int] | None = None
+    log: Sequence[str] = ()
+    return_thunk_at: Callable[[int], int | None] = lambda address: None
 
     @cached_property
     def ftrace(self) -> FtraceState:

@@ -1,11 +1,13 @@
 """Text: every byte is what the files, the fentry sites and the ftrace records say it is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 from emu.assembly import disassemble
 from emu.dyn_ftrace import FtraceFl, ftrace_rec_count
-from emu.memory import PAGE_SIZE, MemoryFault, read_u64
+from emu.memory import PAGE_SIZE, MemoryFault, read_u32, read_u64
 from emu.module import Text
 from patches.invariants.finding import Finding, value_finding
 from patches.invariants.subject import Subject
@@ -17,37 +19,82 @@ SAVE_REGS = 1 << 2
 ALLOC_TRAMP = 1 << 11
 IPMODIFY = 1 << 12
 DIRECT = 1 << 17
+PIECE = 16 * PAGE_SIZE
 
 
 def text_matches_records(subject: Subject) -> Iterator[Finding | None]:
-    """Every byte of text is the file's, but for fentry sites, which are what their record says."""
+    """Every byte of text is the file's, but for fentry sites, which are what their record says.
+
+    Source: ftrace_replace_code() and ftrace_modify_all_code() of arch/x86/kernel/ftrace.c and
+    kernel/trace/ftrace.c.
+    """
     symbols = subject.symbols
     called = _called(subject)
     func = subject.pointer("ftrace_trace_function")
-    special = {symbols[name]: _call(symbols[name], func) for name in ("ftrace_call", "ftrace_regs_call")}
+    names = ("ftrace_call", "ftrace_regs_call")
+    if _is_enabled(subject):
+        special = {symbols[name]: _call(symbols[name], func) for name in names}
+    else:  # nothing calls the trampolines: these two are changed when something does again
+        special = {symbols[name]: subject.memory.read(symbols[name], 5) for name in names}
     for text in subject.texts:
         end = text.address + len(text.contents)
-        expected = bytearray(text.contents)
-        for ip in subject.sites_in(text.address, end):
-            target = called.get(ip)
-            expected[ip - text.address : ip - text.address + 5] = (
-                NOP5 if target is None else _call(ip, target)
-            )
-        for ip, code in special.items():
-            if text.address <= ip < end:
-                expected[ip - text.address : ip - text.address + 5] = code
+        sites = subject.sites_in(text.address, end)
+        idle = _idle(text, tuple(sites))
+        calls = {ip: _call(ip, called[ip]) for ip in called.keys() & sites}
+        calls |= {ip: code for ip, code in special.items() if text.address <= ip < end}
+        if _is_as_expected(subject, text.address, idle, calls):
+            yield None
+            continue
+        expected = bytearray(idle)
+        for ip, code in calls.items():
+            expected[ip - text.address : ip - text.address + 5] = code
         yield from _compare(subject, "text_matches_records", "text differs", text.address, bytes(expected))
 
 
+def _is_as_expected(subject: Subject, address: int, idle: bytes, calls: Mapping[int, bytes]) -> bool:
+    """The text at `address` is `idle` but for the calls.
+
+    Piece by piece: copies of all of a kernel's text at once would take longer than comparing it.
+    """
+    by_piece: dict[int, list[tuple[int, bytes]]] = {}
+    for ip, code in calls.items():
+        at = ip - address
+        for piece in {at // PIECE, (at + len(code) - 1) // PIECE}:
+            by_piece.setdefault(piece, []).append((at, code))
+    try:
+        for start in range(0, len(idle), PIECE):
+            expected = idle[start : start + PIECE]
+            for at, code in by_piece.get(start // PIECE, ()):
+                first, last = max(at - start, 0), min(at - start + len(code), len(expected))
+                expected = expected[:first] + code[first + start - at : last + start - at] + expected[last:]
+            if subject.memory.read(address + start, len(expected)) != expected:
+                return False
+    except MemoryFault:
+        return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def _idle(text: Text, sites: tuple[int, ...]) -> bytes:
+    """The text with all its sites idle.  It is the same at each step, and a kernel has 40,000 sites."""
+    contents = bytearray(text.contents)
+    for ip in sites:
+        contents[ip - text.address : ip - text.address + 5] = NOP5
+    return bytes(contents)
+
+
 def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
-    """The records are those of the files' sites, and their flags are what the registered ops add up to."""
-    invariant, ftrace = "records_match_ops", subject.ftrace
+    """The records are those of the files' sites, and their flags are what the registered ops add up to.
+
+    Source: __ftrace_hash_rec_update() and the flags of include/linux/ftrace.h.
+    """
+    invariant, ftrace, enabled = "records_match_ops", subject.ftrace, _is_enabled(subject)
     for damage in (*ftrace.record_damage, *ftrace.hash_damage):
         yield Finding(invariant, damage.what, damage.address, subject.place(damage.address))
     for ip in sorted(subject.sites - ftrace.flags.keys()):
         yield Finding(invariant, "a site of the file has no record", ip, subject.place(ip))
     for ip in sorted(ftrace.flags.keys() - subject.sites):
-        at = ftrace.record_at[ip]
+        at = ftrace.record_at(ip)
         yield Finding(invariant, f"a record's ip is {ip:#x}, no site of a file", at, subject.place(at))
     wanted: dict[int, list[Any]] = {}
     for each in ftrace.ops:
@@ -55,8 +102,11 @@ def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
             wanted.setdefault(ip, []).append(each.ops)
     for ip in sorted(wanted.keys() - ftrace.flags.keys() - subject.sites):
         yield Finding(invariant, f"an ops wants {ip:#x}, which is no site", ip, subject.place(ip))
-    for ip, flags in ftrace.flags.items():
-        expected = _flags(wanted.get(ip, []))
+    busy = {ip for ip, flags in ftrace.flags.items() if flags} | (wanted.keys() & ftrace.flags.keys())
+    yield from repeat(None, len(ftrace.flags) - len(busy))
+    for ip in sorted(busy):
+        flags = ftrace.flags[ip]
+        expected = _flags(wanted.get(ip, []), enabled)
         if flags == expected:
             yield None
             continue
@@ -68,7 +118,10 @@ def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
 
 
 def trampolines_are_copies(subject: Subject) -> Iterator[Finding | None]:
-    """Each private trampoline is the file's ftrace_caller with its own ops, its own handler, and a return."""
+    """Each private trampoline is the file's ftrace_caller with its own ops, its own handler, and a return.
+
+    Source: create_trampoline() of arch/x86/kernel/ftrace.c.
+    """
     code = next(
         text for text in subject.texts if text.address <= subject.symbols["ftrace_caller"] < _end(text)
     )
@@ -123,7 +176,8 @@ def _copy(subject: Subject, code: Text, regs: bool, address: int, func: int) -> 
     if regs:
         jump = subject.symbols["ftrace_regs_caller_jmp"] - start
         expected[jump : jump + 2] = b"\x66\x90"
-    expected += b"\xc3\xcc\0\0\0"
+    thunk = subject.return_thunk_at(address + size)
+    expected += b"\xc3\xcc\0\0\0" if thunk is None else b"\xe9" + _call(address + size, thunk)[1:]
     expected[load + 3 : load + 7] = (size + 5 - load - 7).to_bytes(4, "little")
     expected[call : call + 5] = _call(address + call, func)
     return bytes(expected)
@@ -139,9 +193,11 @@ def _called(subject: Subject) -> dict[int, int]:
             if each.ops.trampoline:
                 trampolines.setdefault(ip, each.ops.trampoline)
             if ip not in ftrace.flags:
-                flags[ip] = _flags([other.ops for other in ftrace.ops if ip in other.addresses])
+                flags[ip] = _flags([other.ops for other in ftrace.ops if ip in other.addresses], True)
     called: dict[int, int] = {}
     for ip, flag in flags.items():
+        if not flag:
+            continue
         if flag & FtraceFl.TRAMP_EN:
             target = trampolines.get(ip) or _trampoline_called(subject, ip)
             if target is not None:
@@ -164,7 +220,13 @@ def _trampoline_called(subject: Subject, ip: int) -> int | None:
     return target if code[0] == 0xE8 and inside else None
 
 
-def _flags(ops: list[Any]) -> int:
+def _is_enabled(subject: Subject) -> bool:
+    """kernel.ftrace_enabled: without it the records count their ops, and no site calls anything."""
+    return bool(read_u32(subject.memory, subject.symbols["ftrace_enabled"]))
+
+
+def _flags(ops: list[Any], enabled: bool) -> int:
+    """What the ops of a site make of its record's flags."""
     if not ops:
         return 0
     flags = len(ops) | FtraceFl.ENABLED
@@ -176,6 +238,8 @@ def _flags(ops: list[Any]) -> int:
         flags |= FtraceFl.IPMODIFY
     if any(each.flags & DIRECT for each in ops):
         flags |= FtraceFl.DIRECT | (FtraceFl.DIRECT_EN if len(ops) == 1 else 0)
+    if not enabled:
+        flags &= ~(FtraceFl.ENABLED | FtraceFl.TRAMP_EN | FtraceFl.REGS_EN | FtraceFl.DIRECT_EN)
     return int(flags)
 
 
@@ -199,7 +263,8 @@ def _compare(
     at = 0
     while at < len(expected):
         if expected[at] == found[at]:
-            at += 1
+            same = expected[at : at + PAGE_SIZE] == found[at : at + PAGE_SIZE]
+            at += PAGE_SIZE if same else 1
             continue
         start, end = _instruction(subject, address, expected, at)
         while end < len(expected) and expected[end] != found[end]:

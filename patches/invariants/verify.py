@@ -7,11 +7,20 @@ from elf.errors import KlpemuError
 from emu.memory import MemoryFault
 from patches.invariants.finding import Finding, Report
 from patches.invariants.lists import func_stacks_hold_the_patches, lists_are_well_formed, patches_are_listed
+from patches.invariants.log import log_agrees_with_the_patches
+from patches.invariants.reachable import nothing_freed_is_reachable
+from patches.invariants.redirection import (
+    ipmodify_is_exclusive,
+    newest_wins,
+    objects_know_their_modules,
+    one_ops_per_function,
+)
 from patches.invariants.relocations import klp_relocations_are_right
 from patches.invariants.remains import heap_is_intact, nothing_remains, tasks_are_settled
 from patches.invariants.shadow import no_shadow_variable_remains, shadow_variables_are_hashed
 from patches.invariants.streams import calls_reach_the_expected_function
 from patches.invariants.subject import Subject
+from patches.invariants.sysfs import sysfs_shows_the_patches
 from patches.invariants.text import records_match_ops, text_matches_records, trampolines_are_copies
 
 __all__ = ["INVARIANTS", "verify"]
@@ -28,11 +37,18 @@ INVARIANTS: tuple[Invariant, ...] = (
     lists_are_well_formed,
     patches_are_listed,
     func_stacks_hold_the_patches,
+    one_ops_per_function,
+    ipmodify_is_exclusive,
+    newest_wins,
+    objects_know_their_modules,
+    nothing_freed_is_reachable,
     tasks_are_settled,
     heap_is_intact,
     nothing_remains,
     shadow_variables_are_hashed,
     no_shadow_variable_remains,
+    sysfs_shows_the_patches,
+    log_agrees_with_the_patches,
 )
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from elf.errors import KlpemuError
-from patches import core, patch, stack_check, transition
+from patches import core, debug, patch, stack_check, transition
 from patches.handler import KLP_PATCHED, KLP_UNDEFINED, KLP_UNPATCHED
 from patches.klp import Klp, klp_for_each_func, klp_for_each_object
 from patches.variants import replaced
@@ -49,7 +49,9 @@ def patches_immediate(*names: str) -> Iterator[None]:
             klp.warn_once("klp_init_transition", "klp_target_state != KLP_UNDEFINED")
         klp.klp_transition_patch.set(patch_)
         klp.klp_target_state.set(state)
-        klp.log.pr_debug(f"livepatch: '{name}': initializing {_direction(klp)} transition")
+        klp.log.pr_debug(
+            f"livepatch: '{name}': initializing {_direction(klp)} transition", debug.INITIALIZING
+        )
 
     def klp_start_transition(klp: Klp) -> None:
         name = klp.name_of(klp.transition_patch)
@@ -78,7 +80,7 @@ def patches_immediate(*names: str) -> Iterator[None]:
         if name not in names:
             complete(klp)
             return
-        klp.log.pr_debug(f"livepatch: '{name}': completing {_direction(klp)} transition")
+        klp.log.pr_debug(f"livepatch: '{name}': completing {_direction(klp)} transition", debug.COMPLETING)
         if klp.klp_target_state.get() == KLP_UNPATCHED:
             patch.klp_unpatch_objects(klp, patch_)
             klp.machine.synchronize("klp_synchronize_transition")

@@ -113,7 +113,7 @@ def foreign_ipmodify(kernel: Kernel, function: str) -> Any:
         machine.ftrace.register_ftrace_function(ops)
 
     machine.service("register", register)
-    kernel._baseline = kernel._allocations()  # it is not livepatch's to free
+    kernel.patches.baseline = set(kernel.patches.allocations())  # it is not livepatch's to free
     return ops
 
 
@@ -285,3 +285,13 @@ def test_a_site_that_holds_something_else_is_an_ftrace_bug(kernel: Kernel, raw: 
     )
     assert lines[-5:] == failed_to_patch("fix_area", "")[3:]
     assert raw.space.read(site, 5) == b"\x90" * 5
+
+
+def test_what_klpemu_answers_itself_cannot_be_patched_and_it_says_so() -> None:
+    """A kernel has a site in msleep(); the built-in kernel has no code of it at all."""
+    kernel = Kernel.load()
+    patch = Patch("fix_msleep", {"vmlinux": [Func("msleep", "fixed_area_of")]}, code=fix_area().code)
+    error, lines = refused(kernel, patch)
+    assert errno_of(error) == "EINVAL"
+    assert "klpemu answers 'msleep' in Python" in str(error)
+    assert "klpemu: 'msleep' is answered in Python: a patch of it cannot be judged here" in lines

@@ -107,7 +107,7 @@ def test_a_patch_whose_removal_was_forced_keeps_its_module(kernel: Kernel) -> No
     kernel.tasks.wait_for_transition()
     assert kernel.enabled == []
     assert "fix_steps" in kernel.machine.modules.objects
-    assert kernel.machine.view("module", module.struct).refcnt.counter == 1
+    assert kernel.machine.view("module", module.struct).refcnt.counter == 2
     kernel.tasks.run(11_000)
     assert results(kernel, "sleeper") == [2, 1], "it could return into the code, which is still there"
 

@@ -179,7 +179,7 @@ def test_the_module_of_an_immediate_patch_can_never_go(kernel: Kernel) -> None:
     assert kernel.enabled == []
     assert state(kernel).stack[1].startswith("new_nap+")
     assert "fix_steps" in kernel.machine.modules.objects
-    assert kernel.machine.view("module", module.struct).refcnt.counter == 1
+    assert kernel.machine.view("module", module.struct).refcnt.counter == 2
     kernel.tasks.run(6000)
     assert results(kernel) == [2]
     assert found(kernel, "nobody_runs_what_is_freed") == []

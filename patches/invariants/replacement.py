@@ -1,0 +1,57 @@
+"""Atomic replace, judged by when the replaced patches go."""
+
+from typing import Any
+
+from emu.events import Event, EventKind
+from emu.machine import Machine
+from emu.view import list_for_each_entry
+from patches.invariants.finding import Finding, Report
+
+__all__ = ["STAY", "ReplacedPatches"]
+
+STAY = "replaced_patches_stay_to_the_end"
+
+
+class ReplacedPatches:
+    """replaced_patches_stay_to_the_end: A patch that was on klp_patches when a transition of a newer one
+    began is on it until that transition is over.
+
+    Source: klp_try_complete_transition() of 6.1, which frees them behind klp_complete_transition();
+    "livepatch: Keep replaced patches until post_patch callback is called" (in v5.5).
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._at = machine.symbol("klp_transition_patch")
+        self._before: list[int] = []
+        self._checks = 0
+        self._findings: list[Finding] = []
+        machine.events.listeners.append(self._event)
+
+    def report(self, step: str) -> Report:
+        """What was checked and found since the last report."""
+        checks, self._checks = self._checks, 0
+        found, self._findings = self._findings, []
+        return Report(
+            step, {STAY: checks}, tuple(Finding(each.invariant, each.what, step=step) for each in found)
+        )
+
+    def _event(self, event: Event) -> None:
+        if event.kind is not EventKind.STORE or event.address != self._at:
+            return
+        patch = int.from_bytes(event.after, "little")
+        listed = [each.address_ for each in self._listed()]
+        if patch:
+            self._before = listed[: listed.index(patch)] if patch in listed else []
+            return
+        self._checks += 1
+        gone = len([each for each in self._before if each not in listed])
+        self._before = []
+        if gone:
+            what = f"{gone} of the older patches had left klp_patches before the transition was over"
+            self._findings.append(Finding(STAY, what))
+
+    def _listed(self) -> list[Any]:
+        machine = self._machine
+        head = machine.layouts.view("list_head", machine.space, machine.symbol("klp_patches"))
+        return list(list_for_each_entry(head, "klp_patch", "list"))
