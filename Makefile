@@ -7,14 +7,16 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CHECKS := ruff-check ruff-format mypy pytest
 
-.PHONY: help demo test $(CHECKS) test-slow real bench clean
+.PHONY: help demo test $(CHECKS) test-slow real selftests bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       the main job on the built-in fixtures, in seconds"
 	@echo "make test       ruff, mypy --strict and pytest; the first failure stops"
 	@echo "make test-slow  all of pytest, with what takes long"
-	@echo "make real       fetch the stock Debian kernel that tests/real/ needs, into a cache outside the tree"
+	@echo "make real       fetch the stock Debian kernel that tests/real/ needs and build the kernel's livepatch modules,"
+	@echo "                in a cache outside the tree"
+	@echo "make selftests  the kernel's own livepatch selftests on an emulated kernel; needs root and FUSE"
 	@echo "make bench      the benchmarks, as ratios; as JSON with ARGS=--json"
 	@echo "make clean      remove .venv and what the tools left; the kernel in the cache stays"
 	@echo
@@ -49,7 +51,10 @@ test-slow: .venv/.installed-test
 	@$(BIN)/pytest -n auto
 
 real: .venv/.installed
-	@$(BIN)/python -m klpemu.stock_kernel
+	@$(BIN)/python -m klpemu.fetch_stock_kernel
+
+selftests: .venv/.installed-test real
+	@$(BIN)/python -m klpemu.selftests
 
 bench: .venv/.installed-test
 	@$(BIN)/python -m bench $(ARGS)

@@ -19,8 +19,11 @@ from emu.traps import GuestFault
 from klpemu.interrupt import INTERRUPTED, say_interrupted, watch_for_ctrl_c
 from klpemu.output import print_error
 from klpemu.report import FINDINGS
+from klpemu.verbs.boot import boot
 from klpemu.verbs.demo import demo
 from klpemu.verbs.info import info
+from klpemu.verbs.museum import museum
+from klpemu.verbs.replay import replay
 from klpemu.verbs.run import run
 from klpemu.verbs.sites import sites
 from klpemu.verbs.trace import trace
@@ -123,5 +126,5 @@ def main(context: click.Context) -> None:
         context.exit(BAD_INPUT)
 
 
-for _verb in (demo, sites, info, verify, trace, run):
+for _verb in (demo, sites, info, verify, trace, run, boot, replay, museum):
     main.add_command(_verb)

@@ -15,13 +15,20 @@ from klpemu.call_trace import CallTrace
 from klpemu.fixtures import shown
 from klpemu.scenario import Step
 from klpemu.tasks import TaskState
+from patches.invariants.before_and_after import RESTORES, failures_leave_the_state_before
 from patches.invariants.consistency import FREED, LEFT, MIXED
+from patches.invariants.fetches import FETCH
 from patches.invariants.finding import Finding, Report
+from patches.invariants.reachable import IN_USE
+from patches.invariants.replacement import STAY
 from patches.invariants.verify import INVARIANTS as OF_ONE_STATE
 
 __all__ = ["INVARIANTS", "TASK_WORDS", "Expectations", "is_task_word"]
 
-INVARIANTS: Final = (*(each.__name__ for each in OF_ONE_STATE), MIXED, LEFT, FREED)
+UNCHANGED: Final = failures_leave_the_state_before.__name__
+WARNS: Final = "the_kernel_does_not_warn"
+_OF_A_TIME: Final = (MIXED, LEFT, FREED, FETCH, STAY, IN_USE, WARNS, UNCHANGED, RESTORES)
+INVARIANTS: Final = (*(each.__name__ for each in OF_ONE_STATE), *_OF_A_TIME)
 TASK_WORDS: Final = ("patched", "unpatched", "in FUNCTION", "exited")
 _IN: Final = re.compile(r"in ([\w.$]+)")
 
@@ -44,7 +51,12 @@ class Expectations:
         self._findings.append(Finding(invariant, what, step=self._step.name))
 
     def compare(
-        self, error: KlpemuError | None, log: tuple[str, ...], returned: int | None, trace: CallTrace | None
+        self,
+        error: KlpemuError | None,
+        log: tuple[str, ...],
+        returned: int | None,
+        trace: CallTrace | None,
+        contents: tuple[str, ...] | None = None,
     ) -> None:
         """Compare what the step itself came to."""
         step = self._step
@@ -55,6 +67,13 @@ class Expectations:
             self._check("log_is_the_expected_one", step.log == log, list(log), list(step.log))
         if error is not None:
             return
+        if step.contents is not None and contents is not None:
+            self._check(
+                "contents_are_the_expected_ones",
+                step.contents == contents,
+                list(contents),
+                list(step.contents),
+            )
         if step.returns is not None and returned is not None:
             same = _same(step.returns, returned)
             self._check("call_returns_the_expected_value", same, f"{returned} ({returned:#x})", step.returns)

@@ -1,19 +1,23 @@
 """Where the built-in kernel, livepatches and scenarios are: inside an installed package, or in the source
 tree.
 
-Wherever a command or a scenario names a file, `builtin:NAME` names one of these.
+Wherever a command or a scenario names a file, `builtin:NAME` names one of these, and `stock:NAME` a file of
+the stock kernel that `make real` has fetched.
 """
 
 from pathlib import Path
 from typing import Final
 
 from elf.errors import KlpemuError
+from klpemu import stock_kernel
 
-__all__ = ["BUILTIN", "BUILTIN_KERNEL", "fixture", "locate", "shown"]
+__all__ = ["BUILTIN", "BUILTIN_KERNEL", "STOCK", "fixture", "locate", "shown"]
 
 BUILTIN: Final = "builtin:"
+STOCK: Final = "stock:"
 BUILTIN_KERNEL: Final = "kernel.o"
 
+MUSEUM: Final = "museum/"  # the folder of scenarios that show bugs
 _HERE: Final = Path(__file__).resolve().parent
 _FOLDERS: Final = {
     ".o": (_HERE / "fixtures", _HERE.parent / "fixtures" / "build"),
@@ -25,9 +29,11 @@ def fixture(name: str) -> Path:
     """Path of a built-in object, or of a built-in scenario if the name ends in `.toml`."""
     folders = _FOLDERS.get(Path(name).suffix, _FOLDERS[".o"])
     for folder in folders:
-        if Path(name).name == name and (folder / name).is_file():
+        if Path(name).name == name.removeprefix(MUSEUM) and (folder / name).is_file():
             return folder / name
-    there = sorted(each.name for folder in folders if folder.is_dir() for each in folder.iterdir())
+    there = sorted(
+        each.name for folder in folders if folder.is_dir() for each in folder.iterdir() if each.is_file()
+    )
     if not there:
         raise KlpemuError(
             f"the fixture {name} is missing",
@@ -39,10 +45,27 @@ def fixture(name: str) -> Path:
     )
 
 
+def stock(name: str) -> Path:
+    """`vmlinuz` of the stock kernel in the cache, or `NAME.ko`, one of its modules or livepatch tests."""
+    kernel = stock_kernel.find()
+    if kernel is None:
+        raise KlpemuError("there is no stock kernel", where=f"{STOCK}{name}", advice=stock_kernel.why_not())
+    if name == "vmlinuz":
+        return kernel.vmlinuz
+    module = name.removesuffix(".ko").replace("-", "_")
+    built = {**kernel.livepatch.samples, **kernel.livepatch.test_modules}
+    return built.get(module) or kernel.module(module)
+
+
 def locate(name: str, base: Path | None = None) -> Path:
-    """The file that `name` means: a built-in one, or a path, relative to `base` if that is given."""
+    """The file that `name` means: a built-in one, one of the stock kernel, or a path.
+
+    A path is relative to `base` if that is given.
+    """
     if name.startswith(BUILTIN):
         return fixture(name.removeprefix(BUILTIN))
+    if name.startswith(STOCK):
+        return stock(name.removeprefix(STOCK))
     return Path(name) if base is None else base / name
 
 

@@ -231,9 +231,7 @@ class _Reader:
 
     def _problem(self, error: KlpemuError) -> None:
         """Note an error in the kernel's words, unless something says the same already."""
-        what = error.what
-        if isinstance(error, KernelErrno):
-            what = what.removesuffix(f" (-{error.name})")
+        what = error.reason if isinstance(error, KernelErrno) else error.what
         told = {each.problem for some in self._references.values() for each in some}
         if what not in told and what not in self._problems:
             self._problems.append(what)

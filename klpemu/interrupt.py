@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Final
 
-__all__ = ["INTERRUPTED", "say_interrupted", "watch_for_ctrl_c"]
+__all__ = ["INTERRUPTED", "say_interrupted", "signals", "watch_for_ctrl_c"]
 
 INTERRUPTED: Final = 130  # as a shell reports SIGINT
 PATIENCE: Final = 1.0  # seconds
@@ -40,3 +43,24 @@ def _end_when_written(readable: int) -> None:
             threading.Event().wait(PATIENCE)
             say_interrupted()
             os._exit(INTERRUPTED)
+
+
+@contextmanager
+def signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for Ctrl-C, SIGTERM and SIGHUP, and nothing else done about them.
+
+    Does nothing outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watched = signal.set_wakeup_fd(-1)
+    before = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+        signal.set_wakeup_fd(watched)

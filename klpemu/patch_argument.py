@@ -17,7 +17,7 @@ from typing import Final
 from elf.errors import KlpemuError
 from elf.image import Image
 from emu.module import module_name
-from klpemu.fixtures import BUILTIN, locate
+from klpemu.fixtures import BUILTIN, STOCK, locate
 from patches.livepatch import VMLINUX, Func, Patch
 
 __all__ = ["parse_patch", "parse_patches"]
@@ -38,9 +38,9 @@ def parse_patch(argument: str) -> Patch:
         found = _PAIRS.fullmatch(rest)
         if file and found:
             return _patch(argument, file, rest, replace=found[found.re.groups] is not None)
-    if "=" in argument or ":" in argument.removeprefix(BUILTIN) or not argument.removeprefix(BUILTIN):
+    if "=" in argument or ":" in _bare(argument) or not _bare(argument):
         raise KlpemuError(_complaint(argument), where=f"PATCH '{argument}'", advice=_FORM)
-    return _readable(Patch(module_name(argument.removeprefix(BUILTIN)), code=locate(argument)))
+    return _readable(Patch(module_name(_bare(argument)), code=locate(argument)))
 
 
 def parse_patches(arguments: Iterable[str]) -> dict[str, Patch]:
@@ -58,6 +58,11 @@ def parse_patches(arguments: Iterable[str]) -> dict[str, Patch]:
     return patches
 
 
+def _bare(name: str) -> str:
+    """The name of a file without what says whose it is."""
+    return name.removeprefix(BUILTIN).removeprefix(STOCK)
+
+
 def _patch(argument: str, file: str, pairs: str, *, replace: bool) -> Patch:
     objects: dict[str, list[Func]] = {}
     for objname, old, sympos, new in _PAIR.findall(pairs):
@@ -68,7 +73,7 @@ def _patch(argument: str, file: str, pairs: str, *, replace: bool) -> Patch:
                 f"'{old}' is replaced twice", where=f"PATCH '{argument}'", advice="name it once"
             )
         funcs.append(func)
-    name = re.sub(r"[^A-Za-z0-9_]", "_", module_name(file.removeprefix(BUILTIN)))
+    name = re.sub(r"[^A-Za-z0-9_]", "_", module_name(_bare(file)))
     return _readable(Patch(name, objects, locate(file), replace))
 
 
@@ -81,7 +86,7 @@ def _readable(patch: Patch) -> Patch:
 
 def _complaint(argument: str) -> str:
     """Which part of a PATCH with pairs is wrong, as closely as that can be said."""
-    file, colon, rest = argument.removeprefix(BUILTIN).partition(":")
+    file, colon, rest = _bare(argument).partition(":")
     if colon and not file:
         return "no file before the colon"
     if not rest:

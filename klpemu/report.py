@@ -22,6 +22,7 @@ __all__ = [
     "FINDINGS",
     "conclude",
     "fault_object",
+    "finding_object",
     "print_findings",
     "print_function",
     "print_outcome",
@@ -54,6 +55,8 @@ def print_outcome(output: Output, result: StepResult) -> None:
         output.line(("given up: " if result.in_the_way else "refused: ", "yellow"), result.error, indent=2)
     if result.trace is not None:
         output.line(*_route(result.trace), indent=2)
+    for line in result.contents or ():
+        output.line(line.replace("\t", " "), indent=2, hang=4)
     if step.action not in (Action.CALL, Action.TRACE):
         for function in result.functions:
             output.line(function.place, "  ", _code(function.code), "  ", function.text, indent=2, hang=4)
@@ -110,7 +113,7 @@ def verdict_object(reports: Sequence[Report]) -> dict[str, Any]:
     return {
         "holds": total.holds,
         "checks": total.total,
-        "findings": [_finding_object(each) for each in total.findings],
+        "findings": [finding_object(each) for each in total.findings],
     }
 
 
@@ -124,15 +127,16 @@ def step_object(result: StepResult) -> dict[str, Any]:
         "line": result.step.line or None,
         "holds": result.report.holds,
         "checks": result.report.checks,
-        "findings": [_finding_object(each) for each in result.report.findings],
+        "findings": [finding_object(each) for each in result.report.findings],
         "log": list(result.log),
         "functions": [_function_object(each) for each in result.functions],
         "not_loaded": list(result.not_loaded),
         "returned": result.returned,
+        "contents": None if result.contents is None else list(result.contents),
         "trace": trace_object(result.trace) if result.trace is not None else None,
         "error": result.error or None,
         "fault": fault_object(result.fault) if result.fault is not None else None,
-        "expected": [_finding_object(each) for each in result.expected],
+        "expected": [finding_object(each) for each in result.expected],
         "seconds": picture.seconds if picture is not None else None,
         "transition": picture.transition or None if picture is not None else None,
         "timeline": [moment_object(each) for each in result.timeline]
@@ -219,7 +223,8 @@ def _function_object(function: FunctionState) -> dict[str, Any]:
     }
 
 
-def _finding_object(finding: Finding) -> dict[str, Any]:
+def finding_object(finding: Finding) -> dict[str, Any]:
+    """A finding as a part of the JSON object."""
     return {
         "step": finding.step,
         "invariant": finding.invariant,

@@ -7,11 +7,15 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
+from klpemu.boot_machine import DEFAULT_CPU
 from klpemu.call_expression import CallExpression
 from patches.livepatch import Patch
 
-__all__ = ["Action", "DeclaredTask", "Scenario", "Step"]
+__all__ = ["REGISTRATION", "Action", "DeclaredTask", "Scenario", "Step"]
+
+REGISTRATION: Final = "patches_registered"  # the variant under which patches can be registered
 
 
 class Action(enum.Enum):
@@ -20,6 +24,8 @@ class Action(enum.Enum):
     BOOT = "boot"
     LOAD = "load"
     UNLOAD = "unload"
+    MODPROBE = "modprobe"
+    RMMOD = "rmmod"
     ENABLE = "enable"
     DISABLE = "disable"
     REVERSE = "reverse"
@@ -29,6 +35,14 @@ class Action(enum.Enum):
     SPAWN = "spawn"
     RUN = "run"
     WAIT = "wait"
+    READ = "read"
+    LIST = "list"
+    WRITE = "write"
+    DMESG = "dmesg"
+    REGISTER = "register"
+    UNREGISTER = "unregister"
+    FTRACE = "ftrace"
+    UNFTRACE = "unftrace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +74,13 @@ class Step:
     `through` are the functions that a traced call passes, in order, and `executed` is its number of
     instructions.  `transition` is the patch in transition after the step, "" for none.  `tasks` says how all
     tasks of a name stand then (`klpemu.expectations`), `returned` what their last calls have returned.
-    `findings` are invariants that do not hold.
+    `findings` are invariants that do not hold.  There is no memory for what has `fail_alloc` in its tag.
+
+    A `write` writes `value`; a `modprobe` gives the module `parameters`.  What reads or lists a file, or
+    looks into the log, may expect `contents`: lines, without their newlines.
+
+    `ftrace` registers another user of ftrace, by a name of its own, on `functions`.  A `schedule` is followed
+    until the operation is over or the schedule ends; who cannot go on is passed over.
 
     A `stage` is a heading over this and the following steps, `note` a line for the reader; `line` is where
     the step stands in its file, 0 if it comes from no file.
@@ -79,6 +99,12 @@ class Step:
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     returned: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     findings: tuple[str, ...] = ()
+    value: str = ""
+    parameters: str = ""
+    contents: tuple[str, ...] | None = None
+    functions: tuple[str, ...] = ()
+    schedule: tuple[tuple[str, int], ...] = ()
+    fail_alloc: str = ""
     stage: str = ""
     note: str = ""
     line: int = 0
@@ -86,21 +112,27 @@ class Step:
     @property
     def name(self) -> str:
         """What the step is called in output and findings: `enable fix_area`."""
-        return f"{self.action.value} {self.target}".rstrip()
+        value = f" = {self.value}" if self.value else ""
+        return f"{self.action.value} {self.target}{value}".rstrip()
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
     """A kernel, modules loaded at the start, the patches and tasks that steps can name, and the steps.
 
+    `handler` is one of `klpemu.boot_machine.HANDLERS`, None for the kernel's own if it has one; `cpu` names a
+    kind of CPU (`emu.cpu_features`).
     `budget` is the number of instructions after which a guest call counts as endless, 0 for the default;
     relative paths of modules that steps load begin at `base`.  From the first step on `seed` or `schedule`
     (task names, each with a number of instructions) decides who goes on; without them the vCPUs take turns.
+    `variants` are what `patches.variants.variant` understands; they hold from before the kernel boots.
     """
 
     path: str = ""
     title: str = ""
     kernel: Path | None = None
+    handler: str | None = None
+    cpu: str = DEFAULT_CPU
     modules: Sequence[Path] = ()
     cpus: int = 1
     full_preemption: bool = False
@@ -111,3 +143,4 @@ class Scenario:
     steps: Sequence[Step] = ()
     budget: int = 0
     base: Path | None = None
+    variants: Sequence[str] = ()

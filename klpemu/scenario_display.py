@@ -5,6 +5,7 @@ from functools import partial
 from rich.console import RenderableType
 
 from elf.errors import KlpemuError
+from klpemu.file_steps import LOOKS
 from klpemu.output import Output
 from klpemu.report import print_outcome, print_step
 from klpemu.scenario import Step
@@ -66,7 +67,7 @@ class ScenarioDisplay:
             finally:
                 runner.watch = lambda: None
             print_new()
-        if result.tasks is not None and not output.draws:
+        if result.tasks is not None and not output.draws and step.action not in LOOKS:
             print_tasks(output, result.tasks)
         if result.returned is not None:
             output.line(f"returned {result.returned} ({result.returned:#x})", indent=2)

@@ -2,15 +2,20 @@
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from elf.errors import KlpemuError
+from emu.cpu_features import CPUS
 from klpemu import toml_lines
-from klpemu.scenario import Scenario
+from klpemu.boot_machine import DEFAULT_CPU, HANDLERS
+from klpemu.scenario import REGISTRATION, Scenario
 from klpemu.step_file import Declared, file_of, read_step
 from klpemu.task_file import MAX_CPUS, read_schedule, read_tasks, system_tasks
 from klpemu.toml_table import ScenarioError, Table, did_you_mean
 from patches.livepatch import Func, Patch
+from patches.variants import variant
 
 __all__ = ["ScenarioError", "read_scenario"]
 
@@ -57,13 +62,18 @@ def _scenario(table: Table, base: Path) -> Scenario:
     tasks = read_tasks(table, cpus)
     system = system_tasks(cpus)
     schedule = read_schedule(table, [*tasks, *system])
-    declared = Declared(list(patches), list(tasks), system, base)
+    variants = _variants(table)
+    handler = _one_of(table, "handler", HANDLERS)
+    cpu = _one_of(table, "cpu", CPUS) or DEFAULT_CPU
+    declared = Declared(list(patches), list(tasks), system, base, REGISTRATION in variants)
     steps = [read_step(each, declared) for each in table.tables("step")]
     table.finish("a scenario")
     return Scenario(
         path=table.file,
         title=title,
         kernel=file_of(table, "kernel", kernel, base) if kernel else None,
+        handler=handler,
+        cpu=cpu,
         modules=[file_of(table, "modules", each, base) for each in modules],
         cpus=cpus,
         full_preemption=full_preemption,
@@ -74,7 +84,27 @@ def _scenario(table: Table, base: Path) -> Scenario:
         steps=steps,
         budget=budget or 0,
         base=base,
+        variants=variants,
     )
+
+
+def _variants(table: Table) -> tuple[str, ...]:
+    texts = table.text_or_texts("variant")
+    for index, text in enumerate(texts):
+        try:
+            variant(text)
+        except KlpemuError as error:
+            raise table.error(str(error), "variant", index, bare=True) from error
+    return texts
+
+
+def _one_of(table: Table, key: str, known: Iterable[str]) -> str | None:
+    """A name among those that are known; None without the key."""
+    name = table.text(key, "")
+    if name and name not in known:
+        advice = did_you_mean(name, [*known], f"there are {', '.join(known)}")
+        raise table.error(f"no {key} is called '{name}'", key, bare=True, advice=advice)
+    return name or None
 
 
 def _full_preemption(table: Table) -> bool:

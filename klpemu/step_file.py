@@ -10,15 +10,18 @@ from typing import Final
 from elf.errors import KlpemuError
 from klpemu.call_expression import parse_call
 from klpemu.expectations import INVARIANTS, TASK_WORDS, is_task_word
+from klpemu.file_steps import LOOKS
 from klpemu.fixtures import locate
 from klpemu.scenario import Action, Step
+from klpemu.task_file import read_schedule
 from klpemu.toml_table import Table, did_you_mean
 
 __all__ = ["Declared", "file_of", "read_step"]
 
 TRANSITION: Final = "transition"
 _ACTIONS: Final = [each for each in Action if each is not Action.BOOT]
-_OF_A_PATCH: Final = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE)
+_OF_REGISTRATION: Final = (Action.REGISTER, Action.UNREGISTER)
+_OF_A_PATCH: Final = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE, *_OF_REGISTRATION)
 _DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,3})?)\s*(ms|s|min)")
 _MSECS: Final = {"ms": 1, "s": 1000, "min": 60_000}
 _LONGEST: Final = 24 * 3600 * 1000  # ms
@@ -26,12 +29,16 @@ _LONGEST: Final = 24 * 3600 * 1000  # ms
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """What steps can name: patches, tasks, the tasks that every kernel has; and where their paths begin."""
+    """What steps can name: patches, tasks, the tasks that every kernel has; and where their paths begin.
+
+    `registration` says that patches are registered and unregistered (patches/variants/registration.py).
+    """
 
     patches: Sequence[str]
     tasks: Sequence[str]
     system_tasks: Sequence[str]
     base: Path
+    registration: bool = False
 
 
 def read_step(table: Table, declared: Declared) -> Step:
@@ -45,12 +52,18 @@ def read_step(table: Table, declared: Declared) -> Step:
             call = parse_call(target)
         except KlpemuError as error:
             raise table.error(str(error), action.value, bare=True) from error
+    elif action in _OF_REGISTRATION and not declared.registration:
+        what = f"this kernel has no step '{action.value}': a patch is enabled when it is loaded"
+        advice = 'kernels before v5.1 had it; write variant = "patches_registered" above the first table'
+        raise table.error(what, action.value, bare=True, advice=advice)
     elif action in _OF_A_PATCH:
         _known(table, action.value, target, declared.patches, "patch", "declare it with [[patch]]")
-    elif action is Action.LOAD:
+    elif action in (Action.LOAD, Action.MODPROBE):
         file_of(table, action.value, target, declared.base)
     elif action is Action.SPAWN:
         _known(table, action.value, target, declared.tasks, "task", "declare it with [[task]]")
+    elif action in (Action.READ, Action.LIST, Action.WRITE) and not target.startswith("/"):
+        raise table.error(f"is '{target}'; expected a path that begins with a slash", action.value)
     elif action is Action.RUN:
         msecs = _duration(table, action.value, target)
     elif action is Action.WAIT:
@@ -70,6 +83,12 @@ def read_step(table: Table, declared: Declared) -> Step:
         tasks=_tasks(table, declared),
         returned=_returned(table, declared),
         findings=_findings(table),
+        value=table.text("value") if action is Action.WRITE else "",
+        parameters=table.text("parameters", "") if action is Action.MODPROBE else "",
+        contents=_lines(table, "contents") if action in LOOKS else None,
+        functions=_functions(table) if action is Action.FTRACE else (),
+        schedule=read_schedule(table, [*declared.tasks, *declared.system_tasks]),
+        fail_alloc=table.text("fail_alloc", ""),
         stage=table.text("stage", ""),
         note=table.text("note", ""),
         line=table.line,
@@ -79,6 +98,8 @@ def read_step(table: Table, declared: Declared) -> Step:
     )
     if step.error and step.returns is not None:
         raise table.error("cannot be expected together with 'error'", "returns")
+    if step.error and step.contents is not None:
+        raise table.error("cannot be expected together with 'error'", "contents")
     table.finish(f"a step that does '{action.value}'")
     return step
 
@@ -164,6 +185,21 @@ def _returned(table: Table, declared: Declared) -> Mapping[str, tuple[int, ...]]
 def _known_task(table: Table, name: str, declared: Declared) -> None:
     known = [*declared.tasks, *declared.system_tasks]
     _known(table, name, name, known, "task", "declare it with [[task]]")
+
+
+def _lines(table: Table, key: str) -> tuple[str, ...] | None:
+    """Lines of text: one string, with or without the newline at its end, or an array with one for each."""
+    if not table.has(key):
+        table.text(key, "")
+        return None
+    return tuple(line for text in table.text_or_texts(key) for line in text.splitlines())
+
+
+def _functions(table: Table) -> tuple[str, ...]:
+    functions = table.texts("functions")
+    if not functions:
+        raise table.error("an ftrace user without functions", advice='write functions = ["area_of"]')
+    return functions
 
 
 def _findings(table: Table) -> tuple[str, ...]:

@@ -1,26 +1,37 @@
 """Performing steps on a kernel and verifying after each: what `run`, `verify` and `demo` have in common."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from elf.errors import KlpemuError
+from emu.errno import KernelErrno
 from emu.ftrace import FtraceBug
 from emu.hub import RunToCompletion
-from emu.schedules import Explicit, RoundRobin, Seeded
+from emu.schedules import Directed, Explicit, RoundRobin, Seeded
 from emu.task import Task
 from emu.timer import HZ
 from emu.traps import GuestFault
 from klpemu.call_trace import CallTrace, call_trace
-from klpemu.expectations import Expectations
+from klpemu.expectations import UNCHANGED, WARNS, Expectations
+from klpemu.file_steps import LOOKS, contents_of, write
 from klpemu.fixtures import locate, shown
+from klpemu.ftrace_users import FtraceUsers
 from klpemu.function_state import FunctionState, function_state, has_site, patched_functions
 from klpemu.kernel import Kernel
-from klpemu.scenario import Action, DeclaredTask, Scenario, Step
+from klpemu.registered import enable, register, registered, unregister
+from klpemu.scenario import REGISTRATION, Action, DeclaredTask, Scenario, Step
 from klpemu.task_table import TaskPicture, task_picture
 from klpemu.tasks import Deadlock, Stuck, TaskState, TransitionStuck
 from klpemu.timeline import Moment, Timeline
 from klpemu.watched_schedule import WatchedSchedule, is_settled
+from patches.invariants.before_and_after import (
+    RESTORES,
+    RestoredText,
+    State,
+    failures_leave_the_state_before,
+    state_of,
+)
 from patches.invariants.finding import Finding, Report
 from patches.livepatch import VMLINUX
 
@@ -29,7 +40,7 @@ __all__ = ["StepResult", "StepRunner"]
 SETTLING: Final = 60 * HZ  # virtual jiffies in which whatever the kernel is in the middle of must end
 
 # Steps that are about no function: only what has changed by the way is shown.
-_LETS_TIME_GO_BY: Final = (Action.SPAWN, Action.RUN, Action.WAIT)
+_LETS_TIME_GO_BY: Final = (Action.SPAWN, Action.RUN, Action.WAIT, Action.WRITE, *LOOKS)
 _STUCK: Final = {
     Deadlock: "somebody_can_go_on",
     TransitionStuck: "the_transition_ends",
@@ -48,7 +59,7 @@ class StepResult:
 
     In a scenario with tasks `timeline` is what happened during the step and `tasks` how all tasks stand now;
     both are None in others.  `in_the_way` are the tasks because of which a step could not end, `expected`
-    the findings that it expects.
+    the findings that it expects.  `contents` are the lines of what a step has looked at.
     """
 
     step: Step
@@ -64,6 +75,7 @@ class StepResult:
     tasks: TaskPicture | None = None
     in_the_way: tuple[TaskState, ...] = ()
     expected: tuple[Finding, ...] = ()
+    contents: tuple[str, ...] | None = None
 
 
 class StepRunner:
@@ -75,9 +87,17 @@ class StepRunner:
 
     def __init__(self, scenario: Scenario, *, att: bool = False) -> None:
         self.scenario = scenario
-        self.kernel = Kernel.load(scenario.kernel, cpus=scenario.cpus, observe=bool(scenario.tasks))
+        self.kernel = Kernel.load(
+            scenario.kernel,
+            cpus=scenario.cpus,
+            observe=bool(scenario.tasks),
+            handler=scenario.handler,
+            cpu=scenario.cpu,
+        )
         self.timeline: Timeline | None = None
         self.watch: Callable[[], None] = lambda: None
+        self._ftrace_users = FtraceUsers(self.kernel)
+        self._restored_text = RestoredText()
         self._att = att
         # The functions that were ever patched: their sites are shown to the end.
         self._patched: dict[str, None] = {}
@@ -104,18 +124,30 @@ class StepRunner:
 
     def perform(self, step: Step) -> StepResult:
         """Perform a step and verify; an error that it does not expect is raised, a guest's failure is not."""
-        logged = len(self.kernel.log)
+        logged, warned = len(self.kernel.log), len(self.kernel.machine.warnings)
         moments = len(self.timeline.moments) if self.timeline is not None else 0
         error: KlpemuError | None = None
         returned: int | None = None
         trace: CallTrace | None = None
+        contents: tuple[str, ...] | None = None
+        if step.fail_alloc:
+            self.kernel.machine.slab.fails = lambda tag: step.fail_alloc in tag
+        before = state_of(self.kernel.subject()) if step.error else None
+        hub = self.kernel.machine.hub
+        schedule = hub.schedule
+        if step.schedule:
+            hub.schedule = WatchedSchedule(Directed(step.schedule), self._watched)
         try:
             if step.call is not None:
                 returned, trace = self._call(step)
+            elif step.action in LOOKS:
+                contents = contents_of(self.kernel, step)
             else:
                 self._operations[step.action](self, step)
         except KlpemuError as caught:
             error = caught
+        self.kernel.machine.slab.fails = lambda tag: False
+        hub.schedule = schedule
         try:
             self._settle()
         except KlpemuError as caught:
@@ -123,11 +155,16 @@ class StepRunner:
         expectations = Expectations(step)
         fault = self._judge(step, error, expectations)
         log = tuple(self.kernel.log[logged:])
-        expectations.compare(error, log, returned, trace)
+        expectations.compare(error, log, returned, trace, contents)
         tasks = self._tasks()
         if self.timeline is not None and tasks is not None:
             expectations.compare_tasks(tasks.transition, tasks.states, self.timeline.returned())
-        found, expected = expectations.expected_findings(self.kernel.verify(step.name))
+        reports = [
+            self.kernel.verify(step.name),
+            self._warnings(step, warned),
+            self._compared(step, before, error),
+        ]
+        found, expected = expectations.expected_findings(Report.merged(reports, step.name))
         return StepResult(
             step,
             Report.merged([found, expectations.report()], step.name),
@@ -137,12 +174,30 @@ class StepRunner:
             trace,
             shown(error) if error is not None and step.error else "",
             fault,
-            self._not_loaded() if step.action is Action.ENABLE else (),
+            self._not_loaded() if step.action in (Action.ENABLE, Action.MODPROBE) else (),
             self._moments(moments),
             tasks,
             error.tasks if isinstance(error, Stuck) else (),
             expected,
+            contents,
         )
+
+    def _warnings(self, step: Step, warned: int) -> Report:
+        """What the kernel has warned of in the step: WARN_ON says that something is not as it must be."""
+        new = self.kernel.machine.warnings[warned:]
+        return Report(step.name, {WARNS: 1}, tuple(Finding(WARNS, each, step=step.name) for each in new))
+
+    def _compared(self, step: Step, before: State | None, error: KlpemuError | None) -> Report:
+        """The state now, compared with that before the step, and with that before anything was enabled."""
+        subject = self.kernel.subject()
+        restored, unchanged = [*self._restored_text.check(subject)], list[Finding | None]()
+        if before is not None and isinstance(error, KernelErrno) and not isinstance(error, FtraceBug):
+            after = state_of(subject)
+            if after.transition == before.transition:
+                unchanged += failures_leave_the_state_before(before, after)
+        found = [replace(each, step=step.name) for each in restored + unchanged if each is not None]
+        checks = {RESTORES: len(restored), UNCHANGED: len(unchanged)}
+        return Report(step.name, checks, tuple(found))
 
     def _judge(self, step: Step, error: KlpemuError | None, expectations: Expectations) -> KlpemuError | None:
         """What stopped the guest without being expected; raises what is no finding at all."""
@@ -173,12 +228,26 @@ class StepRunner:
     def _unload(self, step: Step) -> None:
         self.kernel.unload_module(step.target)
 
+    def _modprobe(self, step: Step) -> None:
+        self.kernel.modprobe(locate(step.target, self.scenario.base), step.parameters)
+
+    def _rmmod(self, step: Step) -> None:
+        self.kernel.rmmod(step.target)
+
     def _enable(self, step: Step) -> None:
         patch = self.scenario.patches[step.target]
-        if patch.objects or patch.code is None:
+        if REGISTRATION in self.scenario.variants and registered(self.kernel, patch.name):
+            enable(self.kernel, patch.name)
+        elif patch.objects or patch.code is None:
             self.kernel.enable(patch)
         else:  # a livepatch module declares its functions itself, and its modinfo may name it otherwise
             self._names[step.target] = self.kernel.insmod(patch.code)
+
+    def _register(self, step: Step) -> None:
+        register(self.kernel, self.scenario.patches[step.target])
+
+    def _unregister(self, step: Step) -> None:
+        unregister(self.kernel, step.target)
 
     def _disable(self, step: Step) -> None:
         self.kernel.disable(self._names.get(step.target, step.target))
@@ -196,12 +265,25 @@ class StepRunner:
         assert step.msecs is not None
         self.kernel.tasks.run(step.msecs)
 
+    def _write(self, step: Step) -> None:
+        write(self.kernel, step)
+
+    def _ftrace(self, step: Step) -> None:
+        self._ftrace_users.register(step.target, step.functions)
+
+    def _unftrace(self, step: Step) -> None:
+        self._ftrace_users.unregister(step.target)
+
     def _wait(self, step: Step) -> None:
         self.kernel.tasks.wait_for_transition(within=step.msecs)
 
     _operations: Final[dict[Action, Callable[["StepRunner", Step], None]]] = {
+        Action.REGISTER: _register,
+        Action.UNREGISTER: _unregister,
         Action.LOAD: _load,
         Action.UNLOAD: _unload,
+        Action.MODPROBE: _modprobe,
+        Action.RMMOD: _rmmod,
         Action.ENABLE: _enable,
         Action.DISABLE: _disable,
         Action.REVERSE: _reverse,
@@ -209,6 +291,9 @@ class StepRunner:
         Action.SPAWN: _spawn,
         Action.RUN: _run,
         Action.WAIT: _wait,
+        Action.WRITE: _write,
+        Action.FTRACE: _ftrace,
+        Action.UNFTRACE: _unftrace,
     }
 
     # Tasks.

@@ -1,34 +1,29 @@
 """The stock Debian kernel for the real tests: found through apt, unpacked into a cache, never installed.
 
-The package is `linux-image-<release>-amd64-unsigned` of the newest 6.1 that apt knows.  `python -m
-klpemu.stock_kernel` (`make real`) fetches it.  The cache is $KLPEMU_CACHE, or $XDG_CACHE_HOME/klpemu, or
-~/.cache/klpemu, and holds one directory `<release>_<version>` for each kernel.
+The package is `linux-image-<release>-amd64-unsigned` of the newest 6.1 that apt knows; `make real` fetches
+it.  The cache is $KLPEMU_CACHE, or $XDG_CACHE_HOME/klpemu, or ~/.cache/klpemu, and holds one directory
+`<release>_<version>` for each kernel.
 """
 
-import fcntl
 import os
 import re
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 from elf.errors import KlpemuError
+from klpemu.debian_packages import alone, debian_version_key, download, run, unfinished, unpack, update_lists
+from klpemu.livepatch_modules import LivepatchModules, build
 
-__all__ = ["StockKernel", "cache_directory", "debian_version_key", "fetch", "find", "main", "why_not"]
+__all__ = ["StockKernel", "build_livepatch_modules", "cache_directory", "fetch", "find", "why_not"]
 
 # A part that begins with a letter (-rt, -cloud) is another flavour.
 _PACKAGE: Final = re.compile(r"linux-image-(6\.1\.[^-]+(?:-\d[^-]*)?-amd64)-unsigned")
 _CACHED: Final = re.compile(r"(6\.1\.[^_]+-amd64)_(\d[^_:]*)")
 _KEPT: Final = ("boot", "lib/modules")
-_PartKey = list[tuple[list[int], int]]
-_UNFINISHED: Final = ".fetch-"
 
 
 @dataclass(frozen=True)
@@ -42,6 +37,11 @@ class StockKernel:
     def vmlinuz(self) -> Path:
         """The compressed kernel image."""
         return self.directory / "boot" / f"vmlinuz-{self.release}"
+
+    @cached_property
+    def livepatch(self) -> LivepatchModules:
+        """The kernel's own livepatch modules, built for it; they need not be there."""
+        return LivepatchModules(self.directory / "livepatch")
 
     @cached_property
     def modules(self) -> list[Path]:
@@ -103,9 +103,9 @@ def fetch(say: Callable[[str], object] = lambda _: None) -> StockKernel:
     cache = cache_directory()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache, say):
+        with alone(cache, say):
             package = _newest_package()
-            if package is None and find() is None and _update_lists(say):
+            if package is None and find() is None and update_lists(say):
                 package = _newest_package()
             if package is not None and not _is_complete(package.unpacked):
                 _download(package, cache, say)
@@ -120,15 +120,20 @@ def fetch(say: Callable[[str], object] = lambda _: None) -> StockKernel:
     return found
 
 
-def main() -> int:
-    """Fetch the kernel and print where it is; returns 0, or 2 after one line of error."""
+def build_livepatch_modules(kernel: StockKernel, say: Callable[[str], object] = lambda _: None) -> None:
+    """Build the kernel's own livepatch modules for a kernel of the cache, if they are not there.
+
+    Raises `KlpemuError` if that cannot be done; the kernel can be used all the same.
+    """
+    named = _CACHED.fullmatch(kernel.directory.name)
+    if named is None or not kernel.livepatch.why_not:
+        return
+    cache = kernel.directory.parent
     try:
-        kernel = fetch(lambda line: print(line, flush=True))
-    except KlpemuError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"stock kernel {kernel.release} with {len(kernel.modules):,} modules: {kernel.directory}")
-    return 0
+        with alone(cache, say):
+            build(named[1], named[2], kernel.livepatch.directory, say)
+    except OSError as error:
+        raise KlpemuError(error.strerror or str(error), where=str(error.filename or cache)) from error
 
 
 @dataclass(frozen=True)
@@ -146,28 +151,12 @@ class _Package:
         return debian_version_key(self.version)
 
 
-def debian_version_key(version: str) -> tuple[int, _PartKey, _PartKey]:
-    """A sort key that orders package versions as dpkg does (deb-version(7))."""
-    epoch, _, rest = version.rpartition(":")
-    upstream, revision = rest.rsplit("-", 1) if "-" in rest else (rest, "0")
-    return int(epoch or 0), _part_key(upstream), _part_key(revision)
-
-
-def _part_key(part: str) -> _PartKey:
-    return [(_text_key(text), int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", part)]
-
-
-def _text_key(text: str) -> list[int]:
-    # `~` comes before the end of a text, which comes before letters, which come before all else.
-    return [-1 if char == "~" else ord(char) + 256 * (not char.isalpha()) for char in text] + [0]
-
-
 def _newest_package() -> _Package | None:
     names = [
-        name for name in _run("apt-cache", "pkgnames", "linux-image-6.1.").split() if _PACKAGE.fullmatch(name)
+        name for name in run("apt-cache", "pkgnames", "linux-image-6.1.").split() if _PACKAGE.fullmatch(name)
     ]
     packages = []
-    for line in _run("apt-cache", "madison", *names).splitlines() if names else ():
+    for line in run("apt-cache", "madison", *names).splitlines() if names else ():
         name, version, source = (field.strip() for field in line.split("|"))
         named = _PACKAGE.fullmatch(name)
         if named and source.endswith("Packages"):
@@ -175,47 +164,31 @@ def _newest_package() -> _Package | None:
     return max(packages, key=_Package.version_key, default=None)
 
 
-def _update_lists(say: Callable[[str], object]) -> bool:
-    """Update apt's lists if that is allowed; says whether it was."""
-    if os.geteuid() != 0:
-        return False
-    say("updating apt's lists")
-    _run("apt-get", "update")
-    return True
-
-
 def _download(package: _Package, cache: Path, say: Callable[[str], object]) -> None:
     """Put the kernel of `package`, or of a newer one that has taken its place, into the cache."""
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=cache) as work:
+    with unfinished(cache) as work:
         try:
-            deb = _download_deb(package, Path(work), say)
+            deb = _download_deb(package, work / "deb", say)
         except KlpemuError:
             # Lists that are some days old name packages that the archive no longer has.
-            if not _update_lists(say):
+            if not update_lists(say):
                 raise
             package = _newest_package() or package
-            deb = _download_deb(package, Path(work), say)
-        say(f"unpacking {deb.name}")
-        _run("dpkg-deb", "-x", str(deb), f"{work}/all")
+            deb = _download_deb(package, work / "newer", say)
+        unpack(deb, work / "all", say)
         for kept in _KEPT:
-            (Path(work) / "kernel" / kept).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(Path(work) / "all" / kept, Path(work) / "kernel" / kept)
+            (work / "kernel" / kept).parent.mkdir(parents=True, exist_ok=True)
+            os.rename(work / "all" / kept, work / "kernel" / kept)
         kernel = package.unpacked
         if kernel.directory.exists():
             shutil.rmtree(kernel.directory)  # somebody removed a part of it
-        os.rename(Path(work) / "kernel", kernel.directory)
+        os.rename(work / "kernel", kernel.directory)
         if not _is_complete(kernel):
             raise KlpemuError("no kernel image and modules in the package", where=deb.name)
 
 
 def _download_deb(package: _Package, directory: Path, say: Callable[[str], object]) -> Path:
-    name = f"linux-image-{package.release}-unsigned"
-    say(f"downloading {name} {package.version}")
-    _run("apt-get", "download", "-o", "Acquire::Retries=3", f"{name}={package.version}", directory=directory)
-    debs = list(directory.glob("*.deb"))
-    if len(debs) != 1:
-        raise KlpemuError(f"apt-get download left {len(debs)} packages instead of one", where=name)
-    return debs[0]
+    return download(f"linux-image-{package.release}-unsigned", package.version, directory, say)
 
 
 def _is_complete(kernel: StockKernel) -> bool:
@@ -223,47 +196,5 @@ def _is_complete(kernel: StockKernel) -> bool:
     return kernel.vmlinuz.is_file() and modules.is_dir()
 
 
-@contextmanager
-def _alone(cache: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Hold the lock of `cache`, and remove what a killed run has left there."""
-    with open(cache / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another run that is fetching the kernel")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for unfinished in cache.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        yield
-
-
-def _run(*command: str, directory: Path | None = None) -> str:
-    """The output of a command; `KlpemuError` with its last word if it is not there or fails."""
-    try:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            env={**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        raise KlpemuError(
-            f"{command[0]} is not installed",
-            advice="fetch the kernel on a Debian system and set KLPEMU_CACHE to the cache made there",
-        ) from None
-    if done.returncode:
-        words = [line for line in done.stderr.splitlines() if "error" in line or line.startswith("E:")]
-        raise KlpemuError(
-            f"{' '.join(command[:2])} failed: {words[0] if words else f'exit status {done.returncode}'}"
-        )
-    return done.stdout
-
-
 def _module_name(name: str) -> str:
     return name.replace("-", "_")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

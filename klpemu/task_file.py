@@ -16,6 +16,7 @@ MAX_CPUS: Final = 8
 MAX_COUNT: Final = 10_000
 MAX_REPEAT: Final = 1 << 31
 MAX_INSTRUCTIONS: Final = 1 << 31
+MAX_TIMES: Final = 100_000
 
 
 def system_tasks(cpus: int) -> list[str]:
@@ -39,11 +40,25 @@ def read_tasks(table: Table, cpus: int) -> Mapping[str, DeclaredTask]:
 
 
 def read_schedule(table: Table, tasks: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """The entries "NAME:INSTRUCTIONS" or "NAME" (as many as a jiffy has) of the key `schedule`."""
+    """The entries "NAME:INSTRUCTIONS" or "NAME" (as many as a jiffy has) of the key `schedule`.
+
+    "NAME*TIMES" is so many entries "NAME".
+    """
     entries = table.texts("schedule")
     if entries == ():
         raise table.error("is empty", "schedule", advice="leave it out, and the vCPUs take turns")
-    return tuple(_turn(table, index, text, tasks) for index, text in enumerate(entries or ()))
+    return tuple(
+        turn for index, text in enumerate(entries or ()) for turn in _turns(table, index, text, tasks)
+    )
+
+
+def _turns(table: Table, index: int, text: str, tasks: Sequence[str]) -> list[tuple[str, int]]:
+    name, star, times = text.rpartition("*")
+    if not star or not times.isascii() or not times.isdigit():
+        return [_turn(table, index, text, tasks)]
+    if not 0 < int(times) <= MAX_TIMES:
+        raise table.error(f"'{text}' is no number of turns", "schedule", index, bare=True)
+    return [_turn(table, index, name, tasks)] * int(times)
 
 
 def _turn(table: Table, index: int, text: str, tasks: Sequence[str]) -> tuple[str, int]:

@@ -29,8 +29,9 @@ __all__ = ["Deadlock", "Stuck", "TaskState", "Tasks", "TransitionStuck", "parse_
 PATIENCE: Final = 60_000
 STACK_SHOWN: Final = 12
 _TIMED: Final = re.compile(r"(sleep|user)\s*\(\s*(\d+)\s*\)")
+_READ: Final = re.compile(r"read\s*\(\s*(/[^\s()]+)\s*\)")
 _PLAIN: Final = re.compile(r"(pause|yield|fork|exit)(\s*\(\s*\))?")
-_WORDS: Final = {"sleep": "sleep(MS)", "user": "user(MS)"} | {
+_WORDS: Final = {"sleep": "sleep(MS)", "user": "user(MS)", "read": "read(/PATH)"} | {
     word: word for word in ("pause", "yield", "fork", "exit")
 }
 _USER_SPACE: Final = ("user", "pause", "fork")
@@ -106,8 +107,8 @@ class Tasks:
         cpu: int | None = None,
         repeat: int | None = 1,
     ) -> Task:
-        """Start a task that runs `program`: calls like "area_of(3, 4)", or "sleep(MS)", "user(MS)", "pause",
-        "yield", "fork", "exit".
+        """Start a task that runs `program`: calls like "area_of(3, 4)", or "sleep(MS)", "user(MS)",
+        "read(/PATH)", "pause", "yield", "fork", "exit".
 
         It runs the program `repeat` times (None: for ever) and exits.  Without `cpu` the vCPUs take turns.
         """
@@ -242,6 +243,8 @@ def parse_operation(text: str, *, kthread: bool = False) -> Operation | CallExpr
         if int(timed[2]) >= 1 << 31:
             raise KlpemuError(f"'{text}' is too long", advice="write milliseconds, fewer than 2147483648")
         operation = Operation(text, timed[1], msecs=int(timed[2]))
+    elif read := _READ.fullmatch(text):
+        operation = Operation(text, "read", path=read[1])
     elif plain := _PLAIN.fullmatch(text):
         operation = Operation(text, plain[1])
     else:

@@ -5,10 +5,12 @@ from typing import Any, TypeVar
 
 import click
 
+from emu.cpu_features import CPUS
+from klpemu.boot_machine import DEFAULT_CPU, HANDLERS
 from klpemu.fixtures import locate
 from klpemu.output import COLORS
 
-__all__ = ["att_option", "budget_option", "kernel_options", "output_options"]
+__all__ = ["att_option", "budget_option", "image_options", "kernel_options", "output_options"]
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -32,7 +34,7 @@ def att_option(verb: Verb) -> Verb:
 
 
 def kernel_options(verb: Verb) -> Verb:
-    """`--kernel` and `--module`, as `kernel` and `modules`."""
+    """`--kernel`, `--handler`, `--cpu` and `--module`, as `kernel`, `handler`, `cpu` and `modules`."""
     verb = click.option(
         "--module",
         "modules",
@@ -41,11 +43,28 @@ def kernel_options(verb: Verb) -> Verb:
         metavar="KO",
         help="Load a module first; may be repeated.",
     )(verb)
+    return image_options(verb)
+
+
+def image_options(verb: Verb) -> Verb:
+    """`--kernel`, `--handler` and `--cpu`, as `kernel`, `handler` and `cpu`."""
+    verb = click.option(
+        "--handler",
+        type=click.Choice(HANDLERS),
+        help="Whose code redirects calls: the image's own (the default if it has some) or klpemu's.",
+    )(verb)
+    verb = click.option(
+        "--cpu",
+        type=click.Choice([*CPUS]),
+        default=DEFAULT_CPU,
+        show_default=True,
+        help="The kind of CPU that alternatives, returns and retpolines are applied for.",
+    )(verb)
     return click.option(
         "--kernel",
         type=locate,
         metavar="IMAGE",
-        help="The kernel image; the built-in one by default.",
+        help="The kernel image (vmlinuz, vmlinux or a relocatable object); the built-in one by default.",
     )(verb)
 
 

@@ -13,6 +13,7 @@ from klpemu.scenario_display import ScenarioDisplay
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepResult, StepRunner
 from klpemu.verbs.options import att_option, output_options
+from patches.variants import variants
 
 __all__ = ["run"]
 
@@ -44,6 +45,7 @@ def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> No
                 {
                     "file": shown(scenario.path),
                     "title": scenario.title or None,
+                    "variants": list(scenario.variants),
                     "steps": [step_object(each) for each in results],
                     "left_out": len(scenario.steps) + 1 - len(results),
                 }
@@ -55,9 +57,16 @@ def run(scenarios: tuple[Path, ...], att: bool, as_json: bool, color: str) -> No
 
 
 def _perform(scenario: Scenario, output: Output, *, att: bool) -> list[StepResult]:
-    display = ScenarioDisplay(output, StepRunner(scenario, att=att))
     if scenario.title:
         output.line((scenario.title, "bold"), hang=0)
+    if scenario.variants:
+        output.line(("a variant of the kernel: ", "yellow"), ", ".join(scenario.variants), hang=4)
+    with variants(scenario.variants):
+        return _steps(scenario, output, att=att)
+
+
+def _steps(scenario: Scenario, output: Output, *, att: bool) -> list[StepResult]:
+    display = ScenarioDisplay(output, StepRunner(scenario, att=att))
     results = [display.boot()]
     for step in scenario.steps:
         result = display.perform(step)

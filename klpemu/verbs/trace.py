@@ -32,6 +32,8 @@ def trace(
     symbol: str,
     arguments: tuple[str, ...],
     kernel: Path | None,
+    handler: str | None,
+    cpu: str,
     modules: tuple[Path, ...],
     patches: tuple[str, ...],
     budget: int | None,
@@ -53,7 +55,10 @@ def trace(
     declared = parse_patches(patches)
     call = CallExpression(symbol, tuple(parse_argument(each) for each in arguments))
     runner = StepRunner(
-        Scenario(kernel=kernel, modules=modules, patches=declared, budget=budget or 0), att=att
+        Scenario(
+            kernel=kernel, handler=handler, cpu=cpu, modules=modules, patches=declared, budget=budget or 0
+        ),
+        att=att,
     )
     steps = [Step(Action.ENABLE, name) for name in declared]
     results = [runner.boot(), *(runner.perform(step) for step in steps)]

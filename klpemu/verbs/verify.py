@@ -33,6 +33,8 @@ __all__ = ["verify"]
 def verify(
     patches: tuple[str, ...],
     kernel: Path | None,
+    handler: str | None,
+    cpu: str,
     modules: tuple[Path, ...],
     calls: tuple[str, ...],
     budget: int | None,
@@ -54,7 +56,9 @@ def verify(
     output = Output("verify", as_json=as_json, color=color)
     declared = parse_patches(patches)
     wanted = [_parse_call(each) for each in calls]
-    scenario = Scenario(kernel=kernel, modules=modules, patches=declared, budget=budget or 0)
+    scenario = Scenario(
+        kernel=kernel, handler=handler, cpu=cpu, modules=modules, patches=declared, budget=budget or 0
+    )
     runner = StepRunner(scenario, att=att)
     results = []
     for result in _stages(runner, list(declared), wanted):

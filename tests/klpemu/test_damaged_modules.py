@@ -12,7 +12,7 @@ FUNCS = {
     "fix_area.o": [Func("area_of", "fixed_area_of"), Func("perimeter_of", "fixed_perimeter_of")],
     "fix_all.o": [Func("fib", "fixed_fib"), Func("mix", "fixed_mix")],
 }
-OTHERS = ["klp_area.ko", "endbr.o", "late_site.o"]
+OTHERS = ["klp_area.ko", "klp_lamp.ko", "endbr.o", "late_site.o"]
 
 
 def damage(data: bytearray, chance: random.Random) -> bytearray:

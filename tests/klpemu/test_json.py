@@ -65,6 +65,7 @@ STEP: Form = {
     "functions": [FUNCTION],
     "not_loaded": [str],
     "returned": (int, None),
+    "contents": ([str], None),
     "trace": (TRACE, None),
     "error": (str, None),
     "fault": (FAULT, None),
@@ -86,10 +87,71 @@ SITE: Form = {
     "reason": (str, None),
 }
 TOTALS: Form = {"call": int, "nop5": int, "refused": int, "padding": int}
-FORMS: dict[str, Form] = {
+CODE: Form = {"offset": int, "bytes": str, "text": str, "comment": (str, None)}
+REPLACED: Form = {
+    "function": str,
+    "sympos": int,
+    "place": (str, None),
+    "site": (str, None),
+    "problem": (str, None),
+    "replacement": str,
+    "address": str,
+    "instructions": [CODE],
+}
+KLP_RELOCATION: Form = {
+    "section": str,
+    "object": str,
+    "place": str,
+    "type": str,
+    "symbol": str,
+    "addend": int,
+    "address": (str, None),
+    "resolved": (str, None),
+    "problem": (str, None),
+    "is_due": bool,
+}
+INFO: Form = {
+    "schema": int,
+    "verb": str,
+    "holds": bool,
+    "file": str,
+    "name": str,
+    "modinfo": dict,
+    "parameters": [{"name": str, "type": (str, None), "description": (str, None)}],
+    "declared": bool,
+    "replace": (bool, None),
+    "states": [{"id": int, "version": int}],
+    "missing": [str],
+    "problems": [str],
+    "objects": [{"name": str, "loaded": bool, "callbacks": dict, "functions": [REPLACED]}],
+    "klp_relocations": [KLP_RELOCATION],
+}
+INFO_OF_A_KERNEL: Form = {
+    "schema": int,
+    "verb": str,
+    "holds": bool,
+    "file": str,
+    "banner": str,
+    "cpus": int,
+    "cpu": str,
+    "handler": str,
+    "symbols": int,
+    "sites": int,
+    "return_thunk": str,
+    "decisions": dict,
+    "applied": [{"table": str, "applied": int, "left": int, "refused": [str]}],
+    "answered": [str],
+}
+FORMS: dict[str, Any] = {
+    "info": (INFO, INFO_OF_A_KERNEL),
     "demo": {**VERDICT, "steps": [STEP]},
     "verify": {**VERDICT, "steps": [STEP]},
-    "run": {**VERDICT, "scenarios": [{"file": str, "title": (str, None), "steps": [STEP], "left_out": int}]},
+    "run": {
+        **VERDICT,
+        "scenarios": [
+            {"file": str, "title": (str, None), "variants": [str], "steps": [STEP], "left_out": int}
+        ],
+    },
     "trace": {**VERDICT, "call": str, "patches": [str], "trace": (TRACE, None), "fault": (FAULT, None)},
     "sites": {
         "schema": int,
@@ -128,6 +190,9 @@ def misfits(value: Any, form: Any, path: str = "") -> list[str]:
         ["trace", "jump_nowhere"],
         ["sites", "builtin:kernel.o", "builtin:single_nops.o", "builtin:patchable.o", "builtin:linked.elf"],
         ["sites", "--summary", "builtin:kernel.o"],
+        ["info", "--module", "builtin:lamp.ko", "builtin:klp_lamp.ko"],
+        ["info", "builtin:klp_lamp.ko"],
+        ["info"],
     ],
     ids=" ".join,
 )

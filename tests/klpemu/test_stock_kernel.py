@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from elf.errors import KlpemuError
 from klpemu import stock_kernel
-from klpemu.stock_kernel import debian_version_key
+from klpemu.debian_packages import debian_version_key
 
 NEWEST = "6.1.0-10-amd64_6.1.40-1"
 
@@ -191,7 +191,7 @@ def test_runs_at_the_same_time_download_once(fake: Path, monkeypatch: pytest.Mon
 def test_a_cache_that_cannot_be_made_is_one_line_and_status_2(fake: Path) -> None:
     (fake / "cache").touch()
     done = subprocess.run(
-        [sys.executable, "-m", "klpemu.stock_kernel"],
+        [sys.executable, "-m", "klpemu.fetch_stock_kernel"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

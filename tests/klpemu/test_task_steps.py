@@ -7,6 +7,7 @@ import pytest
 from command_line import klpemu
 
 from emu.timer import HZ
+from klpemu.fixtures import fixture
 from klpemu.scenario import Action, DeclaredTask, Scenario, Step
 from klpemu.step_runner import StepResult, StepRunner
 from klpemu.watched_schedule import is_settled
@@ -213,7 +214,7 @@ def test_a_task_s_failure_can_be_expected_and_the_others_go_on(tmp_path: Path) -
 
 
 def test_a_finding_that_is_expected_is_told_and_does_not_count(tmp_path: Path) -> None:
-    object_ = outcome_of(tmp_path, Path("fixtures/scenarios/force.toml").read_text())
+    object_ = outcome_of(tmp_path, fixture("force.toml").read_text())
     told = [each["what"] for step in object_["scenarios"][0]["steps"] for each in step["expected"]]
     assert len(told) == 1
     assert "called the new new_transact and then the old step_two" in told[0]
@@ -235,13 +236,12 @@ def story(results: list[StepResult]) -> list[tuple[float, str]]:
     return [(each.seconds, each.text) for result in results for each in result.timeline or ()]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_seed_decides_and_the_same_one_decides_the_same(seed: int) -> None:
-    options = {"cpus": 2, "seed": seed}
-    first, second = (performed(STEPS, **options) for _ in range(2))
+def test_a_seed_decides_and_the_same_one_decides_the_same() -> None:
+    first, second = (performed(STEPS, cpus=2, seed=1) for _ in range(2))
     assert [each.report.findings for each in first] == [()] * len(STEPS)
     assert story(first) == story(second)
-    assert story(first) != story(performed(STEPS, **(options | {"seed": seed + 10})))
+    # Many schedules look alike from outside, but not all.
+    assert any(story(performed(STEPS, cpus=2, seed=seed)) != story(first) for seed in range(2, 9))
 
 
 def test_full_preemption_takes_a_task_off_its_vcpu_in_the_middle_of_guest_code() -> None:
