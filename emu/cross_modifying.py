@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from itertools import product
 
 from emu.assembly import disassemble
-from emu.text_poke import INT3
 
 __all__ = ["SYNC", "Fetch", "Store", "TextFetches", "check_change", "entry_points"]
+
+INT3 = 0xCC  # SDM Vol. 2A, INT3
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,18 @@ too little:
 - guest memory in granules of 8 bytes, by physical address, whoever accesses it: a service from outside, or
   guest code, whose accesses and instruction bytes Unicorn's hooks tell;
 - the Python objects of the emulator (emu/tracked.py);
-- `everything`, where that is not known: pages are mapped, or virtual time passes.
+- whether it looks at virtual time, which every step moves a little;
+- `everything`, where that is not known: pages are mapped, or a timer fires.
+
+The time that lines of the log are stamped with does not count: nobody decides by it.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from emu.paging import Access, AddressSpace
+from emu.timer import Timers
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -22,26 +26,29 @@ if TYPE_CHECKING:
 __all__ = ["Footprint", "Recorder"]
 
 GRANULE_SHIFT = 3
+_LOOKING = ("now", "jiffies", "seconds", "executed", "next_expiry", "_heap")
 
 
 class Footprint:
     """What was read and written; a granule is its number, an object a number above all granules."""
 
-    __slots__ = ("everything", "reads", "writes")
+    __slots__ = ("everything", "reads", "time", "writes")
 
     def __init__(self) -> None:
         self.reads: set[int] = set()
         self.writes: set[int] = set()
         self.everything = False
+        self.time = False
 
     def add(self, other: "Footprint") -> None:
         """This one and the other."""
         self.reads |= other.reads
         self.writes |= other.writes
         self.everything |= other.everything
+        self.time |= other.time
 
     def commutes_with(self, other: "Footprint") -> bool:
-        """In either order the two come to the same."""
+        """In either order the two come to the same, if no jiffy ends meanwhile."""
         return not (
             self.everything
             or other.everything
@@ -60,18 +67,22 @@ class Recorder:
     def __init__(self, machine: "Machine") -> None:
         self.now: Footprint | None = None
         self._space = machine.space
-        machine.space.__class__ = _recording(self)
+        machine.space.__class__ = _recording_space(self)
+        machine.timers.__class__ = _recording_timers(self)
+        self._jiffies = machine.space.physical(machine.symbol("jiffies")) >> GRANULE_SHIFT
         for cpu in machine.cpus:
             cpu.watch_memory(self._fetched, self._accessed)
 
     @contextmanager
-    def into(self, footprint: Footprint) -> Iterator[None]:
+    def into(self, footprint: Footprint | None) -> Iterator[None]:
         """Record into the footprint while the block runs."""
         before, self.now = self.now, footprint
         try:
             yield
         finally:
             self.now = before
+            if footprint is not None and self._jiffies in footprint.reads:
+                footprint.time = True
 
     def _fetched(self, address: int, size: int) -> None:
         if self.now is not None:
@@ -87,7 +98,7 @@ def _granules(start: int, length: int) -> range:
     return range(start >> GRANULE_SHIFT, (start + length - 1 >> GRANULE_SHIFT) + 1)
 
 
-def _recording(recorder: Recorder) -> type[AddressSpace]:
+def _recording_space(recorder: Recorder) -> type[AddressSpace]:
     """An AddressSpace whose accesses are recorded."""
 
     class RecordingSpace(AddressSpace):
@@ -122,3 +133,23 @@ def _recording(recorder: Recorder) -> type[AddressSpace]:
                 recorder.now.everything = True
 
     return RecordingSpace
+
+
+def _recording_timers(recorder: Recorder) -> type[Timers]:
+    """Timers that tell who looks at the time, and when one of them fires."""
+
+    class RecordingTimers(Timers):
+        def __getattribute__(self, name: str) -> Any:
+            if name in _LOOKING and recorder.now is not None:
+                recorder.now.time = True
+            return super().__getattribute__(name)
+
+        def spend(self, instructions: int) -> None:
+            step = recorder.now
+            with recorder.into(None):
+                expiry = self.next_expiry
+                super().spend(instructions)
+                if step is not None and expiry is not None and expiry <= self.now:
+                    step.everything = True
+
+    return RecordingTimers

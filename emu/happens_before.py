@@ -26,13 +26,13 @@ class HappensBefore:
         self._read: dict[int, int] = {}
         self._everything = 0  # the last step that depends on all before it, and all behind it on it
 
-    def step(self, task: Hashable, footprint: Footprint) -> None:
-        """The task has made a step."""
+    def step(self, task: Hashable, footprint: Footprint, now: int) -> None:
+        """The task has made a step, in jiffy `now`."""
         if footprint.everything:
             self.barrier(task)
             return
         written, read = self._written, self._read
-        found = self._everything
+        found = self._everything + (hash((5, now)) if footprint.time else 0)
         for each in footprint.reads:
             found += hash((1, written.get(each, 0)))
         for each in footprint.writes:

@@ -40,6 +40,7 @@ from emu.module_use import (
     users_of,
     uses_of,
 )
+from emu.module_version import check_vermagic
 from emu.moduleparam import ModuleParameters
 from emu.paging import Access
 from emu.placement import Placement
@@ -199,6 +200,8 @@ class ModuleLoader:
         if len(name) >= MODULE_NAME_LEN:
             raise KernelErrno(errno.ENOEXEC, f"module name '{name}' is too long", where=image.path)
         this_module = check_this_module(image, machine.layouts.sizeof("module"))
+        check_vermagic(machine, image, name)
+        self.exports.check_modstruct_version(image, name)
         taints = set() if this_module is None else check_modinfo(machine, image, name, self._tainted)
         if name in self.objects:
             raise KernelErrno(errno.EEXIST, f"module '{name}' is loaded already", where=image.path)

@@ -14,6 +14,7 @@ from elf.image import Image
 from elf.symbols import SHN_UNDEF, STB_WEAK, Symbol
 from emu.errno import KernelErrno
 from emu.memory import Memory, read_string
+from emu.module_version import MODULE_LAYOUT, check_version
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -57,20 +58,28 @@ class UnknownSymbol(KernelErrno, SymbolError):  # noqa: N818
 
 @dataclass(frozen=True, slots=True)
 class KernelSymbol:
-    """One exported symbol: a guest virtual address, and the object that exports it ("" is vmlinux)."""
+    """One exported symbol: a guest virtual address, and the object that exports it ("" is vmlinux).
+
+    `crc` is the checksum of its declaration, None where the object has none.
+    """
 
     name: str
     value: int
     owner: str
     gpl_only: bool = False
     namespace: str = ""
+    crc: int | None = None
 
 
 def kernel_symbols_at(
-    memory: Memory, start: int, count: int, owner: str, *, gpl_only: bool
+    memory: Memory, start: int, count: int, owner: str, *, gpl_only: bool, crcs: int | None = None
 ) -> Iterator[KernelSymbol]:
-    """The entries of a table of struct kernel_symbol in guest memory: three distances from themselves."""
+    """The entries of a table of struct kernel_symbol in guest memory: three distances from themselves.
+
+    `crcs` is where the table of their checksums lies, if there is one.
+    """
     data = memory.read(start, count * KERNEL_SYMBOL_SIZE) if count else b""
+    checksums = memoryview(memory.read(crcs, 4 * count)).cast("I") if count and crcs is not None else None
     for index in range(count):
         at = start + index * KERNEL_SYMBOL_SIZE
         value, name, namespace = (
@@ -83,6 +92,7 @@ def kernel_symbols_at(
             owner,
             gpl_only,
             read_string(memory, at + 8 + namespace) if namespace else "",
+            None if checksums is None else checksums[index],
         )
 
 
@@ -104,6 +114,12 @@ class Exports:
             exported = (each.exports.get(name) for each in self._objects.values())
             found = next((each for each in exported if each and (gplok or not each.gpl_only)), None)
         return found
+
+    def check_modstruct_version(self, image: Image, name: str) -> None:
+        """ENOEXEC if the module's struct module is another one than the kernel's."""
+        found = self._of_vmlinux(MODULE_LAYOUT)
+        if found is not None:
+            check_version(self._machine, image, name, MODULE_LAYOUT, found.crc, errno.ENOEXEC)
 
     def exports_of(self, module: "LoadedObject") -> dict[str, KernelSymbol]:
         """What a module in guest memory exports, by name."""
@@ -152,6 +168,7 @@ class Exports:
     ) -> int:
         found = self.find_symbol(symbol.name, gplok=gplok)
         if found is not None:
+            check_version(self._machine, image, name, found.name, found.crc)
             if found.namespace and found.namespace not in image.modinfo.get("import_ns", []):
                 what = (
                     f"module uses symbol ({found.name}) from namespace {found.namespace}, "
@@ -184,7 +201,8 @@ class Exports:
                 )
                 if start is not None and stop is not None:
                     count = (stop - start) // KERNEL_SYMBOL_SIZE
-                    table = kernel_symbols_at(machine.space, start, count, "", gpl_only=gpl_only)
+                    crcs = symbols.get(f"__start___kcrctab{suffix}")
+                    table = kernel_symbols_at(machine.space, start, count, "", gpl_only=gpl_only, crcs=crcs)
                     self._vmlinux |= {each.name: each for each in table}
         if self._vmlinux:
             return self._vmlinux.get(name)

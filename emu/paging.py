@@ -147,6 +147,11 @@ class AddressSpace:
         """What the page holding `address` allows; None where nothing is mapped."""
         return self._access.get(address >> 12)
 
+    def physical(self, address: int) -> int:
+        """Physical address of what lies at the virtual one; raises MemoryFault where nothing is mapped."""
+        start, _ = next(self._extents(address, 1, "a translation"))
+        return start
+
     def read(self, address: int, size: int) -> bytes:
         """Read guest memory; see `Memory`."""
         offset = address & (PAGE_SIZE - 1)

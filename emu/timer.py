@@ -63,6 +63,11 @@ class Timers:
         """Virtual seconds since boot."""
         return self.now / HZ
 
+    @property
+    def executed(self) -> int:
+        """Virtual time since boot in instructions, executed or slept through."""
+        return self.now * JIFFY_INSTRUCTIONS + self._spent
+
     def local_clock(self) -> int:
         """Virtual nanoseconds since boot, as the log stamps its lines."""
         executed = min(self._spent, JIFFY_INSTRUCTIONS - 1)

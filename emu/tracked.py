@@ -30,10 +30,14 @@ _SCALARS: Final = (int, str, bytes, float, bool, type(None), type, Enum, BaseExc
 # otherwise), what is only told, virtual time (whose passing counts as touching everything).
 _LEFT_OUT: Final = (
     *("VCpu", "Arena", "AddressSpace", "RecordingSpace", "Recorder", "EventTrace", "FlightRecorder"),
-    *("Timers", "Timeline", "Scenario", "Layouts", "Unwinder", "Image", "Struct"),
+    *("Timers", "RecordingTimers", "Timeline", "Scenario", "Layouts", "Unwinder", "Image", "Struct"),
 )
 # What counts its checks, or is the hub's own way of working.
 _PRIVATE: Final = frozenset({"_checks", "_running", "_current", "_greenlet", "_failures", "activations"})
+
+_TAKE: Final = frozenset(
+    "append appendleft extend extendleft insert __setitem__ __iadd__ setdefault update __ior__ add".split()
+)
 
 
 class Tracking:
@@ -176,12 +180,12 @@ def _containers(recorder: Recorder, track: Callable[[Any], Any]) -> dict[type, A
         return OBJECTS | hash((id(container), *key)) & OBJECTS - 1
 
     def wrapped(name: str, method: Any, touch: Callable[[Any, tuple[Any, ...]], None]) -> Any:
-        stores = name in ("append", "appendleft", "insert", "__setitem__", "setdefault", "add", "extend")
+        takes = name in _TAKE
 
         def wrapper(self: Any, *arguments: Any, **named: Any) -> Any:
             if recorder.now is not None:
                 touch(self, arguments)
-            if stores and arguments:
+            if takes and arguments:
                 arguments = (*arguments[:-1], track(arguments[-1]))
             return method(self, *arguments, **named)
 
@@ -218,10 +222,10 @@ def _containers(recorder: Recorder, track: Callable[[Any], Any]) -> dict[type, A
         recorder.now.reads.add(number(self))
         recorder.now.writes.add(number(self, 2))
 
-    def changes_all(self: Any, _arguments: tuple[Any, ...]) -> None:
-        assert recorder.now is not None
-        # Whoever looks a key up does not see this number: so nobody else may do anything meanwhile.
-        recorder.now.everything = True
+    def changes_many(self: Any, arguments: tuple[Any, ...]) -> None:
+        goes_through(self, ())
+        for key in [*dict.keys(self), *(key for each in arguments for key in dict(each))]:
+            takes_away(self, (key,))
 
     def made(kind: Any, touches: Mapping[str, Callable[[Any, tuple[Any, ...]], None]]) -> Any:
         body = {
@@ -248,7 +252,7 @@ def _containers(recorder: Recorder, track: Callable[[Any], Any]) -> dict[type, A
         "__setitem__ setdefault": stores,
         "pop __delitem__": takes_away,
         "__iter__ __len__ items values keys __eq__ __or__ __ror__ __reversed__ copy": goes_through,
-        "clear update popitem __ior__": changes_all,
+        "clear update popitem __ior__": changes_many,
     }
     return {
         list: made(list, sequence),

@@ -32,11 +32,13 @@ def boot_machine(
     handler: str | None = None,
     cpu: str = DEFAULT_CPU,
     command_line: str = "",
+    system_map: str | PathLike[str] | None = None,
 ) -> Machine:
     """Boot the kernel in a file, by default the built-in one.  `handler` is one of HANDLERS.
 
     `cpu` names a kind of CPU (emu/cpu_features.py), `command_line` has kernel options about mitigations:
-    the two decide what becomes of text when it is loaded.
+    the two decide what becomes of text when it is loaded.  `system_map` has the symbols of a linked image, in
+    place of its own.
 
     Raises KlpemuError if the file is no kernel, or has no handler of its own where that is asked for.
     """
@@ -45,6 +47,10 @@ def boot_machine(
     kind = cpu_named(cpu)
     file = fixture(BUILTIN_KERNEL) if path is None else locate(fspath(path))
     if _is_relocatable(file):
+        if system_map is not None:
+            raise KlpemuError(
+                "a relocatable kernel has its own symbols", where=str(file), advice="leave the System.map out"
+            )
         if handler == KERNEL:
             raise KlpemuError(
                 "a relocatable kernel has no compiled klp_ftrace_handler",
@@ -59,7 +65,7 @@ def boot_machine(
             cpu=kind,
             command_line=command_line,
         )
-    found = open_kernel_image(file)
+    found = open_kernel_image(file, system_map=system_map)
     linked = LinkedImage(found.image, found.symbols, found.layouts)
     entry = (append_klp_ftrace_handler,) if handler == OWN else ()
     return Machine(linked, entry_code=entry, stubs=_stubs(), cpus=cpus, cpu=kind, command_line=command_line)

@@ -27,6 +27,7 @@ from patches import core, exports, shadow, stacks, sysfs, transition
 from patches.invariants.consistency import Consistency
 from patches.invariants.fetches import FetchedText
 from patches.invariants.finding import Report
+from patches.invariants.forced import ForcedPatches
 from patches.invariants.reachable import FreedObjects
 from patches.invariants.relocations import expected_texts
 from patches.invariants.replacement import ReplacedPatches
@@ -71,9 +72,14 @@ class Kernel:
         self.machine = machine
         self.klp = Klp(machine)
         self.consistency = Consistency(machine) if observe else None
-        self._witnesses: tuple[FetchedText | ReplacedPatches | FreedObjects, ...] = ()
+        self._witnesses: tuple[FetchedText | ReplacedPatches | ForcedPatches | FreedObjects, ...] = ()
         if observe:
-            self._witnesses = (FetchedText(machine), ReplacedPatches(machine), FreedObjects(machine))
+            self._witnesses = (
+                FetchedText(machine),
+                ReplacedPatches(machine),
+                ForcedPatches(machine),
+                FreedObjects(machine),
+            )
         self.tasks = Tasks(self)
         self.patches = EnabledPatches(self)
         self.patches.watch(machine.modules.objects[""])
@@ -96,16 +102,25 @@ class Kernel:
         handler: str | None = None,
         cpu: str = DEFAULT_CPU,
         command_line: str = "",
+        system_map: str | PathLike[str] | None = None,
     ) -> "Kernel":
         """Boot a kernel: a vmlinuz, an ELF vmlinux or a relocatable object; by default the built-in one.
 
         `handler` "kernel" or "own" says whose code redirects calls; a linked image's own if it is left out.
+        `system_map` names a file with a linked image's symbols, if its own are not to be used.
         `cpu` and the options in `command_line` decide which alternatives and thunks text gets at load.
         With `observe` every call of a function that can be patched is watched, and `verify` says whether a
         task ever mixed versions; that makes execution several times slower.
         """
         return cls(
-            boot_machine(path, cpus=cpus, handler=handler, cpu=cpu, command_line=command_line),
+            boot_machine(
+                path,
+                cpus=cpus,
+                handler=handler,
+                cpu=cpu,
+                command_line=command_line,
+                system_map=system_map,
+            ),
             observe=observe,
         )
 
@@ -227,14 +242,18 @@ class Kernel:
         self._settle()
         return Trace(result, tuple(known[address] for address in addresses))
 
-    def verify(self, step: str = "") -> Report:
-        """Check every invariant on the kernel as it is now."""
+    def verify(self, step: str = "", subject: Subject | None = None) -> Report:
+        """Check every invariant on the kernel as it is now, of which `subject()` gave `subject`."""
         with undone(self.machine):
-            report = verify(self.subject(), step)
+            report = verify(subject or self.subject(), step)
+        return Report.merged([report, self.witnessed(step)], step)
+
+    def witnessed(self, step: str = "") -> Report:
+        """What those have found since they were last asked who watch what happens, not what is."""
         if self.consistency is None:
-            return report
+            return Report(step)
         witnesses = (self.consistency, *self._witnesses)
-        return Report.merged([report, *(each.report(step) for each in witnesses)], step)
+        return Report.merged([each.report(step) for each in witnesses], step)
 
     def subject(self) -> Subject:
         """What the invariants judge: the live memory, the loaded files, and the patches that are enabled."""

@@ -34,6 +34,7 @@ LOGGED: Final = "livepatch: "
 SIGNALING: Final = "livepatch: signaling remaining tasks"
 SIGNALS: Final = 20_000  # the kernel's signals go out after 15 s
 TRY_SWITCH: Final = "livepatch: klp_try_switch_task: "
+REMARK: Final = "klpemu: "
 MISSING: Final = "(nothing)"
 _LOGGING: Final = ("insmod", "modprobe", "rmmod", "echo", "sysctl")
 _DISABLE: Final = re.compile(rf"echo (-n )?0 ?>>? ?{LIVEPATCH}/[^/]+/enabled")
@@ -88,6 +89,7 @@ class Replay:
             if isinstance(each, Snapshot)
             for name, site in each.sites.items()
         }
+        self.remarks: list[str] = []  # what klpemu says in the log, which no kernel does
         self._log: list[str] = []
         self._logged = 0  # of livepatch's own lines
         self._pokes: list[tuple[Poke, Names]] = []
@@ -194,6 +196,9 @@ class Replay:
     # The log, and the changes of text.
 
     def _line(self, line: str) -> None:
+        if line.startswith(REMARK):
+            self.remarks.append(line)
+            return
         self._log.append(line)
         self._logged += line.startswith(LOGGED)
 

@@ -133,6 +133,7 @@ class Scenario:
     kernel: Path | None = None
     handler: str | None = None
     cpu: str = DEFAULT_CPU
+    system_map: Path | None = None
     modules: Sequence[Path] = ()
     cpus: int = 1
     full_preemption: bool = False

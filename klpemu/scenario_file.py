@@ -64,6 +64,7 @@ def _scenario(table: Table, base: Path) -> Scenario:
     schedule = read_schedule(table, [*tasks, *system])
     variants = _variants(table)
     handler = _one_of(table, "handler", HANDLERS)
+    system_map = table.text("system_map", "")
     cpu = _one_of(table, "cpu", CPUS) or DEFAULT_CPU
     declared = Declared(list(patches), list(tasks), system, base, REGISTRATION in variants)
     steps = [read_step(each, declared) for each in table.tables("step")]
@@ -74,6 +75,7 @@ def _scenario(table: Table, base: Path) -> Scenario:
         kernel=file_of(table, "kernel", kernel, base) if kernel else None,
         handler=handler,
         cpu=cpu,
+        system_map=file_of(table, "system_map", system_map, base) if system_map else None,
         modules=[file_of(table, "modules", each, base) for each in modules],
         cpus=cpus,
         full_preemption=full_preemption,

@@ -33,6 +33,7 @@ from patches.invariants.before_and_after import (
     state_of,
 )
 from patches.invariants.finding import Finding, Report
+from patches.invariants.subject import Subject
 from patches.livepatch import VMLINUX
 
 __all__ = ["StepResult", "StepRunner"]
@@ -93,6 +94,7 @@ class StepRunner:
             observe=bool(scenario.tasks),
             handler=scenario.handler,
             cpu=scenario.cpu,
+            system_map=scenario.system_map,
         )
         self.timeline: Timeline | None = None
         self.watch: Callable[[], None] = lambda: None
@@ -159,10 +161,11 @@ class StepRunner:
         tasks = self._tasks()
         if self.timeline is not None and tasks is not None:
             expectations.compare_tasks(tasks.transition, tasks.states, self.timeline.returned())
+        subject = self.kernel.subject()
         reports = [
-            self.kernel.verify(step.name),
+            self.kernel.verify(step.name, subject),
             self._warnings(step, warned),
-            self._compared(step, before, error),
+            self._compared(step, before, error, subject),
         ]
         found, expected = expectations.expected_findings(Report.merged(reports, step.name))
         return StepResult(
@@ -187,9 +190,10 @@ class StepRunner:
         new = self.kernel.machine.warnings[warned:]
         return Report(step.name, {WARNS: 1}, tuple(Finding(WARNS, each, step=step.name) for each in new))
 
-    def _compared(self, step: Step, before: State | None, error: KlpemuError | None) -> Report:
+    def _compared(
+        self, step: Step, before: State | None, error: KlpemuError | None, subject: Subject
+    ) -> Report:
         """The state now, compared with that before the step, and with that before anything was enabled."""
-        subject = self.kernel.subject()
         restored, unchanged = [*self._restored_text.check(subject)], list[Finding | None]()
         if before is not None and isinstance(error, KernelErrno) and not isinstance(error, FtraceBug):
             after = state_of(subject)

@@ -71,11 +71,11 @@ def cache_directory() -> Path:
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "klpemu"
 
 
-def find() -> StockKernel | None:
-    """The newest kernel in the cache, by package version; None if there is none."""
+def find(release: str = "") -> StockKernel | None:
+    """The newest kernel in the cache by package version, or the newest of a release; None without one."""
     try:
         named = [_CACHED.fullmatch(entry.name) for entry in cache_directory().iterdir()]
-        packages = [_Package(name[1], name[2]) for name in named if name]
+        packages = [_Package(name[1], name[2]) for name in named if name and release in ("", name[1])]
         cached = [package for package in packages if _is_complete(package.unpacked)]
     except OSError:
         return None

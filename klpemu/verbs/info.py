@@ -29,6 +29,7 @@ def info(
     kernel: Path | None,
     handler: str | None,
     cpu: str,
+    system_map: Path | None,
     modules: tuple[Path, ...],
     no_code: bool,
     budget: int | None,
@@ -52,7 +53,7 @@ def info(
     Exit status: 0 if this kernel has what the patch needs now, 1 if not, 2 if a file is refused.
     """
     output = Output("info", as_json=as_json, color=color)
-    booted = Kernel.load(kernel, handler=handler, cpu=cpu)
+    booted = Kernel.load(kernel, handler=handler, cpu=cpu, system_map=system_map)
     if budget:
         booted.machine.hub.instruction_budget = budget
     for module in modules:

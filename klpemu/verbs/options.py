@@ -34,7 +34,13 @@ def att_option(verb: Verb) -> Verb:
 
 
 def kernel_options(verb: Verb) -> Verb:
-    """`--kernel`, `--handler`, `--cpu` and `--module`, as `kernel`, `handler`, `cpu` and `modules`."""
+    """`image_options`, `--system-map` and `--module`, as `system_map` and `modules`."""
+    verb = click.option(
+        "--system-map",
+        type=locate,
+        metavar="FILE",
+        help="Take the symbols of a linked image from this System.map, not from its kallsyms.",
+    )(verb)
     verb = click.option(
         "--module",
         "modules",

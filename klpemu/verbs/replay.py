@@ -27,7 +27,7 @@ __all__ = ["replay"]
     "--kernel",
     type=locate,
     metavar="IMAGE",
-    help="The kernel image; stock:vmlinuz by default.",
+    help="The kernel image; by default the recorded one if `make real` has it, else stock:vmlinuz.",
 )
 @click.option(
     "--modules",
@@ -68,7 +68,7 @@ def replay(
     output = Output("replay", as_json=as_json, color=color)
     read = read_recording(recording)
     booted = Kernel.load(
-        kernel or locate("stock:vmlinuz"),
+        kernel or _image(read.kernel),
         cpus=cpus or _count(read.cpus, read.path),
         handler=handler,
         cpu=cpu or read.cpu,
@@ -85,6 +85,8 @@ def replay(
     for step in replayed.steps():
         steps.append(step)
         _print(output, step)
+    for remark in replayed.remarks:
+        output.line((remark, "dim"))
     differences = sum(len(each.differences) for each in steps)
     compared = f"{sum(each.compared for each in steps):,} facts in {len(steps)} steps compared"
     if differences:
@@ -97,6 +99,7 @@ def replay(
             "recorded": read.kernel,
             "same_build": replayed.same_build,
             "not_compared": replayed.left_out,
+            "remarks": replayed.remarks,
             "steps": [_step_object(each) for each in steps],
         }
     )
@@ -107,6 +110,13 @@ def _count(cpus: int, path: str) -> int:
     if not 1 <= cpus <= 64:
         raise KlpemuError(f"meta.base_smp: {cpus} CPUs", where=path, advice="1 to 64 can be emulated")
     return cpus
+
+
+def _image(recorded: str) -> Path:
+    """The stock kernel that was recorded, if it is in the cache, else the newest there."""
+    kernels = (stock_kernel.find(word) for word in recorded.split() if word[0].isdigit())
+    found = next((each for each in kernels if each is not None), None)
+    return locate("stock:vmlinuz") if found is None else found.vmlinuz
 
 
 def _built() -> list[Path]:

@@ -34,6 +34,7 @@ def trace(
     kernel: Path | None,
     handler: str | None,
     cpu: str,
+    system_map: Path | None,
     modules: tuple[Path, ...],
     patches: tuple[str, ...],
     budget: int | None,
@@ -56,7 +57,13 @@ def trace(
     call = CallExpression(symbol, tuple(parse_argument(each) for each in arguments))
     runner = StepRunner(
         Scenario(
-            kernel=kernel, handler=handler, cpu=cpu, modules=modules, patches=declared, budget=budget or 0
+            kernel=kernel,
+            handler=handler,
+            cpu=cpu,
+            system_map=system_map,
+            modules=modules,
+            patches=declared,
+            budget=budget or 0,
         ),
         att=att,
     )

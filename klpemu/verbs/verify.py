@@ -35,6 +35,7 @@ def verify(
     kernel: Path | None,
     handler: str | None,
     cpu: str,
+    system_map: Path | None,
     modules: tuple[Path, ...],
     calls: tuple[str, ...],
     budget: int | None,
@@ -57,7 +58,13 @@ def verify(
     declared = parse_patches(patches)
     wanted = [_parse_call(each) for each in calls]
     scenario = Scenario(
-        kernel=kernel, handler=handler, cpu=cpu, modules=modules, patches=declared, budget=budget or 0
+        kernel=kernel,
+        handler=handler,
+        cpu=cpu,
+        system_map=system_map,
+        modules=modules,
+        patches=declared,
+        budget=budget or 0,
     )
     runner = StepRunner(scenario, att=att)
     results = []

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 
-from emu.cross_modifying import SYNC, Store, check_change
+from emu.cross_modifying import INT3, SYNC, Store, check_change
 from emu.events import Event, EventKind
 from emu.machine import Machine
-from emu.text_poke import INSN_SIZE, INT3
 from patches.invariants.finding import Finding, Report
 
 __all__ = ["FETCH", "FetchedText"]
 
+INSN_SIZE = 5  # of a site: a NOP, a call or a jump
 FETCH = "every_fetch_is_an_instruction"
 # What makes every CPU serialise: an IPI whose handler does.
 SERIALISES = "text_poke_sync"

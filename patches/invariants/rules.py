@@ -14,6 +14,7 @@ from elf.errors import KlpemuError
 from patches.invariants.before_and_after import RestoredText, failures_leave_the_state_before
 from patches.invariants.consistency import Consistency
 from patches.invariants.fetches import FetchedText
+from patches.invariants.forced import ForcedPatches
 from patches.invariants.reachable import FreedObjects
 from patches.invariants.replacement import ReplacedPatches
 from patches.invariants.verify import INVARIANTS
@@ -39,6 +40,7 @@ _JUDGES: Final[tuple[Callable[..., Any], ...]] = (
     FreedObjects,
     FetchedText,
     ReplacedPatches,
+    ForcedPatches,
     failures_leave_the_state_before,
     RestoredText,
 )

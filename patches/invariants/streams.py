@@ -1,6 +1,5 @@
 """Streams: a call of a patched function goes from site to trampoline to handler to the expected function."""
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
@@ -87,24 +86,34 @@ def _did_not_arrive(subject: Subject, stream: Stream, target: int) -> str | None
 
 def _took_another_way(subject: Subject, function: ExpectedFunc, stream: Stream) -> str | None:
     """Each executed instruction must be one that Capstone decodes, and its successor one that it allows."""
-    decoded: dict[int, Instruction] = {}
-    for here, there in itertools.pairwise((*stream.addresses, stream.after["rip"])):
-        if here not in decoded:
-            decoded[here] = _decode(subject, here)
-        allowed = _successors(decoded[here])
-        if allowed is not None and there not in allowed:
-            return f"from {subject.place(here)} ({decoded[here]}) execution went to {subject.place(there)}"
+    way = (*stream.addresses, stream.after["rip"])
+    wrong = _first_wrong(way, tuple(_code(subject, address) for address in stream.addresses))
+    if wrong is not None:
+        here, there = way[wrong], way[wrong + 1]
+        instruction = _decoded(_code(subject, here), here)
+        return f"from {subject.place(here)} ({instruction}) execution went to {subject.place(there)}"
     return _regions_in_order(subject, function, stream)
 
 
-def _decode(subject: Subject, address: int) -> Instruction:
-    """The instruction at an address; an instruction has at most 15 bytes, its page may be the last one
-    mapped.
+@lru_cache(maxsize=1 << 10)
+def _first_wrong(way: tuple[int, ...], codes: tuple[bytes, ...]) -> int | None:
+    """Index of the first instruction that does not lead to the next address of the way; None without one.
+
+    The same way is gone again and again: at each step of a sequence, by each function of a patch.
     """
-    code = subject.memory.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
-    with contextlib.suppress(MemoryFault):
-        code = subject.memory.read(address, 15)
-    return _decoded(code, address)
+    for index, (here, there) in enumerate(itertools.pairwise(way)):
+        allowed = _successors(_decoded(codes[index], here))
+        if allowed is not None and there not in allowed:
+            return index
+    return None
+
+
+def _code(subject: Subject, address: int) -> bytes:
+    """The bytes at an address; an instruction has at most 15, and its page may be the last one mapped."""
+    try:
+        return subject.memory.read(address, 15)
+    except MemoryFault:
+        return subject.memory.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
 
 
 @lru_cache(maxsize=1 << 14)
@@ -134,7 +143,12 @@ def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) 
     if not function.stack:
         return None
     regions = (_region(subject, address) for address in stream.addresses)
-    names = [name for name, _ in itertools.groupby(each for each in regions if not each.endswith(THUNKS))]
+    names: list[str] = []
+    here = range(0)
+    for address in stream.addresses:
+        if address not in here:
+            name, here = _region(subject, address)
+            names += [] if names and names[-1] == name else [name]
     handler = [name for name in names if name == "klp_ftrace_handler"]
     if len(handler) != 1:
         return f"the stream went through {' -> '.join(names)}: the handler must run exactly once"
@@ -147,15 +161,18 @@ def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) 
     return None
 
 
-def _region(subject: Subject, address: int) -> str:
+def _region(subject: Subject, address: int) -> tuple[str, range]:
+    """What an address is part of, and from where to where that goes."""
     symbol = subject.kallsyms.at(address)
     if symbol is None:
-        return f"{address:#x}"
+        return f"{address:#x}", range(address, address + 1)
     for name in ("ftrace_caller", "ftrace_regs_caller", "klp_ftrace_handler", "arch_ftrace_ops_list_func"):
         end = subject.symbols.get(f"{name}_end")  # none where a whole function has one symbol
-        if end is not None and subject.symbols[name] <= address < end + (16 if "caller" in name else 0):
-            return name
-    return symbol.name
+        if end is not None:
+            region = range(subject.symbols[name], end + (16 if "caller" in name else 0))
+            if address in region:
+                return name, region
+    return symbol.name, range(symbol.address, symbol.address + max(symbol.size, 1))
 
 
 def _lost_something(stream: Stream) -> str | None:

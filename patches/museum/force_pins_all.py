@@ -34,7 +34,7 @@ BUG = Bug(
     title="A forced transition pins every patch",
     kind=Kind.SHIPPED,
     commit='2957308343fa ("livepatch: Don\'t block removal of patches that are safe to unload") (in v5.18)',
-    invariant="the_step_succeeds",
+    invariant="a_force_pins_what_it_removes",
     breaks="klp_force_transition() sets patch->forced of all patches",
     bug=force_pins_all,
 )

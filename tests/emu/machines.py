@@ -59,9 +59,15 @@ def append_test_code(code: Code, layouts: Layouts, per_cpu: dict[str, int], fixu
     )
 
 
-def boot(*, cpus: int = 1) -> Machine:
+def boot(*, cpus: int = 1, command_line: str = "") -> Machine:
     """A fresh machine with the fixture kernel."""
-    return Machine(image("kernel.o"), entry_code=(append_test_code,), stubs=("test_export",), cpus=cpus)
+    return Machine(
+        image("kernel.o"),
+        entry_code=(append_test_code,),
+        stubs=("test_export",),
+        cpus=cpus,
+        command_line=command_line,
+    )
 
 
 def new_ops(

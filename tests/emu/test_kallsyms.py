@@ -1,5 +1,6 @@
 """Symbols by name and by address, against what nm says of the object."""
 
+import dataclasses
 import shutil
 import subprocess
 from collections import defaultdict
@@ -134,3 +135,16 @@ def test_the_symbol_found_is_the_one_that_covers_the_address(
         index = next(n for n in range(len(sizes)) if sum(sizes[: n + 1]) > at)
         assert found is not None
         assert found.name == (f"func{index}" if index in aliases else f"data{index}")
+
+
+def test_where_one_routine_of_ours_ends_and_another_begins_the_place_is_called_after_the_second(
+    machine: Machine,
+) -> None:
+    vmlinux = machine.vmlinux
+    start = vmlinux.labels["ftrace_caller"]
+    labels = {"earlier_end": start, **vmlinux.labels}
+    table = Kallsyms()
+    table.add("", dataclasses.replace(vmlinux, labels=labels).ksyms(), [(0, 1 << 64)])
+    symbol = table.at(start)
+    assert symbol is not None
+    assert symbol.name == "ftrace_caller"

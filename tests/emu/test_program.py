@@ -99,6 +99,16 @@ def test_exit_ends_the_program_where_it_stands(machine: Machine) -> None:
     assert results(task) == [0x11]
 
 
+def test_a_file_is_read_by_the_task_itself(machine: Machine) -> None:
+    readers = []
+    machine.kernfs.create_file(
+        "/proc/who", 0o444, show=lambda: readers.append(machine.hub.current.name) or ""
+    )
+    for name in ("one", "two"):
+        run_to_the_end(machine, spawn(machine, name, Operation("read(/proc/who)", "read", path="/proc/who")))
+    assert readers == ["one", "two"]
+
+
 def test_yield_lets_the_others_go_first(machine: Machine) -> None:
     first = spawn(machine, "first", step("yield"), call(machine, "area_of", 1, 1), kthread=True)
     second = spawn(machine, "second", call(machine, "area_of", 2, 2), kthread=True)

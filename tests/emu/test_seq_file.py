@@ -51,3 +51,8 @@ def test_what_does_not_fit_marks_the_buffer_as_full(machine: Machine, size: int,
     machine.call(machine.symbol("seq_puts"), file.address_, text)
     assert file.count == (len(stored) or size)
     assert machine.space.read(file.buf, 2) == stored.ljust(2, b"\0")
+
+
+def test_what_the_kernel_was_booted_with_is_its_command_line() -> None:
+    machine = boot(command_line="quiet mitigations=off ")
+    assert read(machine, "cmdline_proc_show") == b"quiet mitigations=off \n"

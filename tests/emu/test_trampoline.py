@@ -104,3 +104,19 @@ def test_an_ops_that_keeps_its_trampoline_gets_its_call_poked_when_it_registers_
     assert static.trampoline == address
     call = address + 0x7E
     assert machine.space.read(call, 5) == call_at(call, machine.symbol("clobber"))
+
+
+def test_where_a_return_needs_a_thunk_a_trampoline_ends_with_a_jump_to_it(machine: Machine) -> None:
+    thunk = machine.symbol("measure")
+    asked = []
+
+    def return_thunk_at(address: int) -> int:
+        asked.append(address)
+        return thunk
+
+    machine.trampolines._return_thunk_at = return_thunk_at
+    ops = registered(machine, ["area_of"])
+    end = ops.trampoline + SIZES[0] - 8 - 5
+    assert asked == [end]
+    assert machine.space.read(end, 5) == b"\xe9" + call_at(end, thunk)[1:]
+    assert read_u64(machine.space, end + 5) == ops.address_

@@ -135,3 +135,9 @@ def test_a_refused_module_leaves_no_directory(kernel: Kernel) -> None:
     with pytest.raises(KernelErrno):
         kernel.modprobe("builtin:init_fails.ko")
     assert kernel.machine.kernfs.listdir("/sys/module") == []
+
+
+def test_a_module_has_room_for_its_symbols_behind_its_sections(kernel: Kernel) -> None:
+    """Recorded from 6.1.192, a livepatch with a page each of text, read-only data and data: 16384."""
+    kernel.modprobe("builtin:own_a.ko")
+    assert kernel.read("/proc/modules").split()[:2] == ["own_a", "16384"]

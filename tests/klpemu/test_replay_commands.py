@@ -68,7 +68,7 @@ def test_a_patch_that_stays_is_not_gone(run: Callable[[str], Result]) -> None:
 
 
 def test_a_module_that_is_nowhere_is_an_error(run: Callable[[str], Result]) -> None:
-    with pytest.raises(KlpemuError, match="there is no module 'own_x.ko'; --modules DIR says where"):
+    with pytest.raises(KlpemuError, match=r"there is no module 'own_x\.ko'; --modules DIR says where"):
         run("insmod own_x.ko")
 
 

@@ -238,3 +238,14 @@ VERSIONS = st.from_regex(r"1[02a.~]{0,2}(-[02a~]{1,2})?", fullmatch=True)
 def test_versions_are_in_the_order_of_dpkg(one: str, other: str) -> None:
     done = subprocess.run(["dpkg", "--compare-versions", one, "lt", other], check=False)
     assert (done.returncode == 0) == (debian_version_key(one) < debian_version_key(other))
+
+
+def test_a_release_can_be_asked_for(fake: Path) -> None:
+    for release, version in (("6.1.0-55-amd64", "6.1.192-1"), ("6.1.0-56-amd64", "6.1.192-2")):
+        put_in_cache(fake, release, version)
+    found = {release: stock_kernel.find(release) for release in ("", "6.1.0-55-amd64", "6.1.0-54-amd64")}
+    assert [kernel and kernel.release for kernel in found.values()] == [
+        "6.1.0-56-amd64",
+        "6.1.0-55-amd64",
+        None,
+    ]

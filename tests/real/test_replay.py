@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from klpemu import Kernel
+from klpemu import stock_kernel as stock
 from klpemu.livepatch_modules import LivepatchModules
 from klpemu.module_tree import ModuleTree
 from klpemu.recording import read_recording
@@ -28,6 +29,7 @@ def replayed(
     handler: str = "kernel",
     cpu: str = "",
     cpus: int = 0,
+    same_build: bool | None = None,
 ) -> dict[str, list[Difference]]:
     """The steps that differ, by name, and each one's differences."""
     recording = read_recording(path)
@@ -39,7 +41,9 @@ def replayed(
         command_line=recording.boot_line,
     )
     tree = ModuleTree([modules.directory], stock_kernel.release)
-    steps = list(Replay(recording, kernel, tree, own_handler=handler == "own").steps())
+    replay = Replay(recording, kernel, tree, own_handler=handler == "own")
+    assert same_build in (None, replay.same_build)
+    steps = list(replay.steps())
     assert len(steps) == len(recording.sequence) + 2
     assert all(each.compared for each in steps)
     assert kernel.machine.modules.objects.keys() == {""}
@@ -53,6 +57,15 @@ def test_what_the_real_kernel_did_is_what_we_do(
     handler: str, path: Path, stock_kernel: StockKernel, livepatch_modules: LivepatchModules
 ) -> None:
     assert replayed(path, stock_kernel, livepatch_modules, handler) == {}
+
+
+def test_on_the_very_kernel_that_was_recorded_addresses_and_sizes_are_the_same(
+    livepatch_modules: LivepatchModules,
+) -> None:
+    recorded = stock.find("6.1.0-55-amd64")
+    if recorded is None:
+        pytest.skip("6.1.0-55-amd64 is not in the cache")
+    assert replayed(QEMU64, recorded, livepatch_modules, same_build=True) == {}
 
 
 def test_two_vcpus_do_the_same(stock_kernel: StockKernel, livepatch_modules: LivepatchModules) -> None:

@@ -3,13 +3,16 @@
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from shadow_stack import execute_with_shadow
 
+from elf.errors import KlpemuError
 from emu.memory import read_string
 from emu.module import LoadedObject
 from klpemu import Func, Kernel, Patch
+from klpemu.kernel_image import open_kernel_image
 from klpemu.stock_kernel import StockKernel
 
 NOP5 = bytes.fromhex("0f1f440000")
@@ -142,3 +145,17 @@ def test_both_handlers_agree_and_what_they_cost_is_known(stock_kernel: StockKern
         kernel.disable("fix")
         kernel.verify("disabled").raise_for_findings()
     assert 60 < counts["own"] < counts["kernel"] < 100
+
+
+def test_a_system_map_serves_as_well_as_its_own_symbols(
+    booted: Kernel, stock_kernel: StockKernel, tmp_path: Path
+) -> None:
+    symbols = booted.machine.kallsyms.symbols()
+    init = open_kernel_image(stock_kernel.vmlinuz).symbols
+    lines = "".join(f"{address:016x} {letter} {name}\n" for name, letter, address in init)
+    (tmp_path / "System.map").write_text(lines)
+    kernel = Kernel.load(stock_kernel.vmlinuz, system_map=tmp_path / "System.map")
+    assert kernel.machine.kallsyms.symbols() == symbols
+    (tmp_path / "System.map").write_text(lines[: lines.index("\n", len(lines) // 2) + 1])
+    with pytest.raises(KlpemuError, match="has no symbol"):
+        Kernel.load(stock_kernel.vmlinuz, system_map=tmp_path / "System.map")

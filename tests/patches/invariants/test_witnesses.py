@@ -8,10 +8,11 @@ from livepatches import fix_area, fix_area2, fix_shapes
 from emu.events import EventKind
 from emu.machine import Machine
 from emu.schedules import Directed
-from klpemu import Kernel
+from klpemu import Func, Kernel, Patch
 from klpemu.ftrace_users import FtraceUsers
 from patches.invariants.fetches import FETCH
 from patches.invariants.finding import Report
+from patches.invariants.forced import PINS
 from patches.invariants.reachable import IN_USE
 from patches.invariants.replacement import STAY
 from patches.variants import replaced
@@ -84,6 +85,23 @@ def test_a_patch_that_is_replaced_is_counted_when_the_transition_is_over(observe
         report = observed.verify()
         assert report.checks[STAY] == transitions
         assert what(report, STAY) == []
+
+
+def test_a_force_pins_the_patch_that_is_removed_and_no_other(observed: Kernel) -> None:
+    observed.tasks.spawn("sleeper", ["nap(60000)"], repeat=None)
+    observed.enable(fix_area())
+    observed.tasks.wait_for_transition()
+    observed.enable(Patch("fix_steps", {"vmlinux": [Func("nap", "new_nap")]}, code="builtin:fix_steps.o"))
+    observed.force("fix_steps")
+    observed.tasks.wait_for_transition()
+    observed.tasks.run(60_000)
+    observed.disable("fix_steps")
+    observed.force("fix_steps")
+    report = observed.verify()
+    assert (report.checks[PINS], what(report, PINS)) == (1, [])
+    guest = observed.patches.found("fix_area").guest
+    observed.machine.service("pin", lambda: setattr(guest, "forced", True))
+    assert what(observed.verify(), PINS) == ["'fix_area' is pinned by a transition that does not remove it"]
 
 
 @pytest.fixture
