@@ -59,8 +59,9 @@ class Seeded:
 class Explicit:
     """A list of (task name, instructions): each pick takes the next one; behind its end the vCPUs take turns.
 
-    An entry of a service lets it go on to its next door, whatever its number.  Raises KlpemuError where the
-    named task cannot go on.
+    An entry of a service lets it go on to its next door, whatever its number.  "NAME#2" is the second task of
+    that name among those that can go on, in order of their vCPUs.  Raises KlpemuError where the named task
+    cannot go on.
     """
 
     interleaves = True
@@ -75,9 +76,13 @@ class Explicit:
             return self._then.pick(tasks, finishing)
         name, instructions = self._steps[self._at]
         self._at += 1
-        for task in tasks:
-            if task.name == name:
-                return task, instructions
+        same = [task for task in tasks if task.name == name]
+        if not same:
+            name, _, number = name.rpartition("#")
+            same = [task for task in tasks if task.name == name][int(number or 1) - 1 :] if name else []
+        if same:
+            return same[0], instructions
+        name = self._steps[self._at - 1][0]
         able = ", ".join(task.name for task in tasks)
         raise KlpemuError(
             f"'{name}' cannot go on", where=f"schedule, entry {self._at}", advice=f"these can: {able}"

@@ -158,6 +158,29 @@ class Output:
         for start in range(0, len(text), PIECE):
             sys.stdout.write(text[start : start + PIECE])
 
+    @contextmanager
+    def gauge(self) -> Iterator[Callable[[str, float], None]]:
+        """Show how far long work has come while the block runs.
+
+        Yields a function of what is being done and the share of it, 0 to 1, that is behind: a bar on a
+        terminal, elsewhere a line every few seconds.  No thread draws it, so that processes can be forked.
+        """
+        console, said = self._progress, time.monotonic()
+        if not console.is_terminal:
+
+            def say(what: str, share: float) -> None:
+                nonlocal said
+                if time.monotonic() - said > QUIET_SECONDS:
+                    said = time.monotonic()
+                    console.print(f"{what}, {share:.0%}")
+
+            yield say
+            return
+        columns = (TextColumn("{task.description}"), BarColumn())
+        with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+            bar = progress.add_task("", total=1.0)
+            yield lambda what, share: progress.update(bar, description=what, completed=share, refresh=True)
+
     def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """The items, with their progress shown: a bar on a terminal, elsewhere a line every few seconds.
 

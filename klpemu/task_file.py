@@ -1,5 +1,6 @@
 """Reading the `[[task]]` tables of a scenario, and its schedule."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -17,6 +18,7 @@ MAX_COUNT: Final = 10_000
 MAX_REPEAT: Final = 1 << 31
 MAX_INSTRUCTIONS: Final = 1 << 31
 MAX_TIMES: Final = 100_000
+_NUMBERED: Final = re.compile(r"#[1-9][0-9]{0,4}$")
 
 
 def system_tasks(cpus: int) -> list[str]:
@@ -42,7 +44,8 @@ def read_tasks(table: Table, cpus: int) -> Mapping[str, DeclaredTask]:
 def read_schedule(table: Table, tasks: Sequence[str]) -> tuple[tuple[str, int], ...]:
     """The entries "NAME:INSTRUCTIONS" or "NAME" (as many as a jiffy has) of the key `schedule`.
 
-    "NAME*TIMES" is so many entries "NAME".
+    "NAME*TIMES" is so many entries "NAME".  Of several tasks with one name "NAME#2" is the second that can
+    go on.
     """
     entries = table.texts("schedule")
     if entries == ():
@@ -62,12 +65,13 @@ def _turns(table: Table, index: int, text: str, tasks: Sequence[str]) -> list[tu
 
 
 def _turn(table: Table, index: int, text: str, tasks: Sequence[str]) -> tuple[str, int]:
-    if text in tasks:  # before the colon is looked at: a kworker has one in its name
+    # Before the colon is looked at: a kworker has one in its name.
+    if text in tasks or _NUMBERED.sub("", text) in tasks:
         return text, JIFFY_INSTRUCTIONS
     name, colon, number = text.rpartition(":")
     if not colon or not number.isascii() or not number.isdigit():
         name, number = text, ""
-    if name not in tasks:
+    if name not in tasks and _NUMBERED.sub("", name) not in tasks:
         advice = did_you_mean(name, tasks, f"there are {', '.join(tasks)}")
         raise table.error(f"no task '{name}' to go on", "schedule", index, bare=True, advice=advice)
     if not 0 < int(number) <= MAX_INSTRUCTIONS:

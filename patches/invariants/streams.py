@@ -142,13 +142,13 @@ def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) 
     """The stream may touch the function up to its site, the trampoline, and what that calls, no more."""
     if not function.stack:
         return None
-    regions = (_region(subject, address) for address in stream.addresses)
     names: list[str] = []
     here = range(0)
     for address in stream.addresses:
         if address not in here:
             name, here = _region(subject, address)
-            names += [] if names and names[-1] == name else [name]
+            if not name.endswith(THUNKS) and (not names or names[-1] != name):
+                names.append(name)
     handler = [name for name in names if name == "klp_ftrace_handler"]
     if len(handler) != 1:
         return f"the stream went through {' -> '.join(names)}: the handler must run exactly once"

@@ -85,6 +85,17 @@ def test_a_cpu_that_needs_return_thunks_differs_in_the_return_of_each_trampoline
             assert each.found == each.expected.removesuffix("c3cc000000") + "e9<srso_return_thunk>"
 
 
+@pytest.mark.parametrize("cpu", ["zen2", "tiger-lake"])
+@pytest.mark.parametrize("handler", ["kernel", "own"])
+def test_a_trampoline_that_returns_through_a_thunk_breaks_no_invariant(
+    stock_kernel: StockKernel, handler: str, cpu: str
+) -> None:
+    kernel = Kernel.load(stock_kernel.vmlinuz, handler=handler, cpu=cpu)
+    kernel.modprobe("builtin:own_a.ko")
+    assert kernel.read("/proc/cmdline") == "own A\n"
+    kernel.verify("patched").raise_for_findings()
+
+
 # What is changed in the recording, and as what that is told: place, old and new text; step and fact.
 CHANGES = [
     ("0/sites/meminfo_proc_show/bytes16", "0f1f440000", "0f1f440001", "meminfo_proc_show site"),
