@@ -145,9 +145,9 @@ def damage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A raw write to a site, before the checks of every step."""
     verify = Kernel.verify
 
-    def damaged(kernel: Kernel, step: str = "") -> object:
+    def damaged(kernel: Kernel, *arguments: str, **options: bool) -> object:
         kernel.machine.space.write(kernel.site_of("fib")[0], b"\xcc")
-        return verify(kernel, step)
+        return verify(kernel, *arguments, **options)
 
     monkeypatch.setattr(Kernel, "verify", damaged)
 
