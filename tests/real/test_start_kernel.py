@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from shadow_stack import execute_with_shadow
 
-from elf.errors import KlpemuError
+from elf.errors import ElfError, KlpemuError
+from elf.vmlinuz import decompressed
 from emu.memory import read_string
 from emu.module import LoadedObject
 from klpemu import Func, Kernel, Patch
@@ -159,3 +160,20 @@ def test_a_system_map_serves_as_well_as_its_own_symbols(
     (tmp_path / "System.map").write_text(lines[: lines.index("\n", len(lines) // 2) + 1])
     with pytest.raises(KlpemuError, match="has no symbol"):
         Kernel.load(stock_kernel.vmlinuz, system_map=tmp_path / "System.map")
+
+
+def test_an_image_whose_sites_do_not_hold_the_call_is_refused(
+    booted: Kernel, stock_kernel: StockKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All sites are checked before the first of them is changed."""
+    image = open_kernel_image(stock_kernel.vmlinuz).image
+    site = booted.site_of("int_sqrt")[0]
+    section = image.section_at(site)
+    assert section is not None
+    data = bytearray(decompressed(stock_kernel.vmlinuz.read_bytes(), "vmlinuz"))
+    data[section.offset + site - section.address] = 0x90
+    (tmp_path / "vmlinux").write_bytes(data)
+    with pytest.raises(
+        ElfError, match=f"1 of .* fentry sites do not hold the call .* at {site:#x}, holds 90 "
+    ):
+        Kernel.load(tmp_path / "vmlinux")
