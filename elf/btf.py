@@ -86,6 +86,7 @@ class Btf:
         self._words, self._strings = self._read_header(data)
         self._first = base.count if base else 1
         self._string_base = base.string_end if base else 0
+        self._with_names: list[int] = []  # indexes in _places of what `named` has
         self._places = self._index()
 
     @property
@@ -166,10 +167,10 @@ class Btf:
         """
         found = dict(self.base.named) if self.base else {}
         words = self._words
-        for number, place in enumerate(self._places, self._first):
-            kind = _NAMED.get(words[place + 1] >> 24 & 0x1F)
-            if kind is not None and words[place]:
-                found.setdefault((kind, self.string(words[place])), number)
+        for index in self._with_names:
+            place = self._places[index]
+            kind = _NAMED[words[place + 1] >> 24 & 0x1F]
+            found.setdefault((kind, self.string(words[place])), self._first + index)
         return found
 
     def string(self, offset: int) -> str:
@@ -224,6 +225,8 @@ class Btf:
                 places.append(at)
                 info = words[at + 1]
                 kind = info >> 24 & 0x1F
+                if kind in _NAMED and words[at]:
+                    self._with_names.append(len(places) - 1)
                 at += _FIXED[kind] + (info & 0xFFFF) * _PER_ENTRY[kind]
         except IndexError:
             raise ElfError(

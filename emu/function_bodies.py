@@ -44,10 +44,9 @@ def replace_bodies(
     """A jump to its stub behind the fentry site of each function that Python answers; returns which."""
     replaced = set()
     for name, stub in labels.items():
-        found = linked.symbols.addresses_of(name)
-        if not found:
+        address = linked.first_addresses.get(name)
+        if address is None:
             continue
-        address = found[0]
         at = next((site + INSN_SIZE for site in (address, address + 4) if site in sites), address)
         if at + INSN_SIZE > linked.symbols.end_of(address):
             raise ElfError(f"{name} is too small for a jump", where=linked.image.path)

@@ -68,14 +68,14 @@ class LinkedImage:
 
     def address_of(self, name: str) -> int:
         """Address of the first symbol of that name; raises SymbolError."""
-        found = self.symbols.addresses_of(name)
-        if not found:
+        found = self.first_addresses.get(name)
+        if found is None:
             raise SymbolError(
                 f"the kernel image has no symbol {name}",
                 where=self.image.path,
                 advice="klpemu needs a kernel with CONFIG_LIVEPATCH and CONFIG_KALLSYMS_ALL",
             )
-        return found[0]
+        return found
 
 
 class ImageText:
