@@ -4,6 +4,9 @@ A linked image (what is installed as /boot/vmlinuz-RELEASE, or an ELF vmlinux) r
 compiled code, unless ours is asked for.
 """
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Final
@@ -65,10 +68,25 @@ def boot_machine(
             cpu=kind,
             command_line=command_line,
         )
-    found = open_kernel_image(file, system_map=system_map)
-    linked = LinkedImage(found.image, found.symbols, found.layouts)
-    entry = (append_klp_ftrace_handler,) if handler == OWN else ()
-    return Machine(linked, entry_code=entry, stubs=_stubs(), cpus=cpus, cpu=kind, command_line=command_line)
+    with _without_collector():
+        found = open_kernel_image(file, system_map=system_map)
+        linked = LinkedImage(found.image, found.symbols, found.layouts)
+        entry = (append_klp_ftrace_handler,) if handler == OWN else ()
+        return Machine(
+            linked, entry_code=entry, stubs=_stubs(), cpus=cpus, cpu=kind, command_line=command_line
+        )
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A kernel's tables are hundreds of thousands of objects and no garbage: looking for some takes time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _stubs() -> tuple[str, ...]:
