@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
-from bench import basic, enable, image, load, redirect, sched, sites, transition
+from bench import basic, enable, explore, fuzz, image, load, redirect, sched, sites, transition
 from bench.measure import Result, as_json, table
 from klpemu import stock_kernel
 
@@ -17,6 +17,8 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "sched": sched.run,
     "sites": sites.run,
     "load": load.run,
+    "explore": explore.run,
+    "fuzz": fuzz.run,
     "image": image.run,
 }
 NEED_STOCK_KERNEL = ("sites", "load", "image")

@@ -27,7 +27,7 @@ from unicorn.unicorn_py3.unicorn import uclib  # the bindings' own reads cost 2.
 from elf.errors import KlpemuError
 from emu.paging import AddressSpace
 
-__all__ = ["REGISTERS", "Stop", "StopKind", "VCpu"]
+__all__ = ["REGISTERS", "UD2", "Stop", "StopKind", "VCpu"]
 
 unicorn: Any = untyped_unicorn  # the bindings have annotations, but incomplete ones
 
@@ -48,6 +48,8 @@ CR0_PE_MP_WP_PG = 1 << 0 | 1 << 1 | 1 << 16 | 1 << 31
 CR4_PAE_OSFXSR_OSXMMEXCPT = 1 << 5 | 1 << 9 | 1 << 10
 EFLAGS_FIXED = 1 << 1
 
+UD2 = bytes.fromhex("0f0b")
+MAX_INSTRUCTION = 15  # bytes (SDM Vol. 2A, 2.3.11)
 INTERRUPT_BREAKPOINT = 3
 INTERRUPT_PAGE_FAULT = 14
 RUNS_KEPT = 16  # as many as the flight recorder shows instructions
@@ -212,7 +214,8 @@ class VCpu:
         """
 
         def on_code(_uc: Any, address: int, size: int, _data: Any) -> None:
-            fetched(address, size)
+            # Of an instruction that is none (ud2) Unicorn does not know the size, and says 0xf1f1f1f1.
+            fetched(address, size if size <= MAX_INSTRUCTION else len(UD2))
 
         def on_access(_uc: Any, kind: int, address: int, size: int, _value: int, _data: Any) -> None:
             accessed(kind == unicorn.UC_MEM_WRITE, address, size)

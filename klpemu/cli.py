@@ -21,6 +21,8 @@ from klpemu.output import print_error
 from klpemu.report import FINDINGS
 from klpemu.verbs.boot import boot
 from klpemu.verbs.demo import demo
+from klpemu.verbs.explore import explore_
+from klpemu.verbs.fuzz import fuzz
 from klpemu.verbs.info import info
 from klpemu.verbs.museum import museum
 from klpemu.verbs.replay import replay
@@ -126,5 +128,5 @@ def main(context: click.Context) -> None:
         context.exit(BAD_INPUT)
 
 
-for _verb in (demo, sites, info, verify, trace, run, boot, replay, museum):
+for _verb in (demo, sites, info, verify, trace, run, boot, replay, museum, fuzz, explore_):
     main.add_command(_verb)

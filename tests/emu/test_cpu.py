@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from machines import boot, in_the_middle, registered
 
-from emu.cpu import REGISTERS, Stop, StopKind
+from emu.cpu import REGISTERS, UD2, Stop, StopKind
 from emu.machine import Machine
 from emu.paging import Access
 from emu.stream import trace_call
@@ -90,6 +90,30 @@ def test_new_bytes_are_executed_by_every_vcpu_and_the_tracer_at_once() -> None:
             in_the_middle(machine, cpu, entry)
             cpu.run(100)
             assert cpu.registers()["rax"] == answer
+
+
+def test_who_watches_memory_is_told_of_each_instruction_and_each_access() -> None:
+    machine = boot()
+    function, stack = machine.symbol("area_of"), machine.init_task.stack_base - 16
+    fetched: list[tuple[int, int]] = []
+    accessed: list[tuple[bool, int, int]] = []
+    machine.cpus[0].watch_memory(
+        lambda *instruction: fetched.append(instruction), lambda *access: accessed.append(access)
+    )
+    machine.call(function, 3, 4)
+    assert fetched[0] == (function, 5)  # the NOP of its site
+    assert (False, machine.space.physical(stack), 8) in accessed  # the return address
+
+
+def test_an_undefined_instruction_is_watched_with_its_two_bytes() -> None:
+    machine = boot()
+    site = machine.symbol("area_of")
+    machine.space.write(site, UD2)
+    fetched: list[tuple[int, int]] = []
+    machine.cpus[0].watch_memory(lambda *instruction: fetched.append(instruction), lambda *access: None)
+    machine.cpus[0].set_registers({"rip": site})
+    machine.cpus[0].run(1)
+    assert fetched == [(site, 2)]
 
 
 def test_new_bytes_across_a_page_boundary_are_executed(machine: Machine) -> None:

@@ -148,6 +148,15 @@ def test_a_list_is_followed_entry_by_entry_and_then_the_vcpus_take_turns() -> No
     ]
 
 
+def test_a_number_behind_the_name_tells_tasks_of_one_name_apart() -> None:
+    tasks = tasks_on(0, 1, 2)
+    tasks[0].name = tasks[2].name = "twin"
+    schedule = Explicit([("twin", 1), ("twin#1", 1), ("twin#2", 1), ("twin#3", 1)])
+    assert [schedule.pick(tasks, tasks[0])[0] for _ in range(3)] == [tasks[0], tasks[0], tasks[2]]
+    with pytest.raises(KlpemuError, match="'twin#3' cannot go on"):
+        schedule.pick(tasks, tasks[0])
+
+
 def test_an_entry_that_cannot_be_followed_is_named_with_those_that_could() -> None:
     tasks = tasks_on(0, 1)
     schedule = Explicit([("t0", 1), ("nobody", 1)])

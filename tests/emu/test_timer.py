@@ -19,6 +19,14 @@ def jiffies(machine: Machine) -> int:
     return int.from_bytes(machine.space.read(machine.symbol("jiffies"), 8), "little")
 
 
+def test_what_was_executed_and_what_was_slept_through_is_virtual_time(machine: Machine) -> None:
+    timers = machine.timers
+    before = timers.executed
+    timers.spend(JIFFY_INSTRUCTIONS + 7)
+    timers.advance_to(timers.now + 2)
+    assert timers.executed - before == 3 * JIFFY_INSTRUCTIONS + 7
+
+
 # Timers.
 
 

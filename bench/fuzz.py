@@ -1,0 +1,162 @@
+"""What a campaign costs and finds: runs a second, two cores, beside Hypothesis, and the museum's bugs.
+
+`python -m bench.fuzz` prints the table of bugs.
+"""
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bench.measure import Result
+from klpemu.fuzz.bounds import Bounds
+from klpemu.fuzz.campaign import Campaign, Plan
+from klpemu.fuzz.corpus import Corpus
+from klpemu.fuzz.grammar import LENGTH, Grammar
+from klpemu.fuzz.search import Found, Search
+from klpemu.fuzz.sequence_runner import Stepper
+from klpemu.fuzz.world import world_of
+from klpemu.scenario import Scenario, Step
+from patches.museum import NAMES
+from patches.variants import variants
+
+__all__ = ["bug_row", "found_in", "run"]
+
+SECONDS = 20.0  # of CPU time, for each side of a comparison
+SEEDS = 5
+GOAL = 60.0  # CPU seconds in which a bug is to be found, median over the seeds
+COMPARED = ("nops-first", "nops-for-ever", "missing-sync", "int3-as-nop", "stale-obj-mod")
+
+
+def run() -> Iterator[Result]:
+    """Runs a second on one core, the speed-up on two, and a plain state machine beside it."""
+    search, seconds = _searched(_world(), SECONDS, 0)
+    tally = search.tally
+    yield Result("fuzz", "runs a second on one core", tally.runs / seconds, "runs/s")
+    yield Result("fuzz", "steps of a run", tally.steps / tally.runs, "steps")
+    yield Result("fuzz", "steps of a run that were not shared", tally.executed / tally.runs, "steps")
+    yield Result("fuzz", "time of a run", 1e3 * seconds / tally.runs, "ms")
+    plain = _plain(_world(), SECONDS, lambda: False)
+    yield Result("fuzz", "the same by Hypothesis' RuleBasedStateMachine", plain / SECONDS, "runs/s")
+    one, two = (_campaign(jobs) for jobs in (1, 2))
+    yield Result("fuzz", "runs on two cores, of those on one", two / one, "times")
+    ours = sum(found_in(bug, SECONDS, 0) is not None for bug in COMPARED)
+    theirs = sum(_plain_finds(bug) for bug in COMPARED)
+    yield Result("fuzz", f"of {len(COMPARED)} bugs found in {SECONDS:.0f} s each", ours, "bugs")
+    yield Result("fuzz", "of these by the state machine", theirs, "bugs")
+
+
+def found_in(bug: str, seconds: float, seed: int) -> tuple[Found, float] | None:
+    """The first finding of one process from an empty corpus, and after how many CPU seconds it came."""
+    world = _world(f"museum:{bug}")
+    with variants(world.variants), tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        search = Search(world, Corpus(Path(folder)), seed)
+        while time.process_time() - began < seconds:
+            found = search.advance()
+            if found is not None:
+                return found, time.process_time() - began
+    return None
+
+
+def bug_row(bug: str, seconds: float = 4 * GOAL, seeds: int = SEEDS) -> str:
+    """One line of the table: how many seeds found the bug, and medians over those."""
+    found = [each for seed in range(seeds) if (each := found_in(bug, seconds, seed)) is not None]
+    if not found:
+        return f"{bug:24} 0 of {seeds}"
+    runs = statistics.median(each.runs for each, _ in found)
+    took = statistics.median(seconds for _, seconds in found)
+    steps = statistics.median(len(each.scenario.steps) for each, _ in found)
+    names = ", ".join(sorted({each.signature for each, _ in found}))
+    return f"{bug:24} {len(found)} of {seeds} {runs:8.0f} runs {took:8.1f} s {steps:4.0f} steps  {names}"
+
+
+def _world(*bugs: str) -> Scenario:
+    return world_of(None, None, None, "qemu64", (), (), bugs)
+
+
+def _searched(world: Scenario, seconds: float, seed: int) -> tuple[Search, float]:
+    """A search without bugs, and the CPU seconds that it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        search = Search(world, Corpus(Path(folder)), seed)
+        began = time.process_time()
+        while time.process_time() - began < seconds:
+            search.advance()
+        return search, time.process_time() - began
+
+
+def _campaign(jobs: int) -> float:
+    """Runs a second of a campaign of so many processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Campaign(Plan(_world(), Path(folder), jobs=jobs, seconds=SECONDS)).run().rate
+
+
+class _Over(Exception):  # noqa: N818
+    """The time is over, or something was found."""
+
+
+def _plain(world: Scenario, seconds: float, found: Callable[[], Any]) -> int:
+    """Runs of a RuleBasedStateMachine over the same operations and checks in so many CPU seconds.
+
+    A run boots a kernel of its own, as one writes it without restore points.  `found` is called at a finding.
+    """
+    from hypothesis import HealthCheck, settings  # only here: what is measured does not need it
+    from hypothesis import strategies as st
+    from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+    grammar, began, runs = Grammar(world), time.process_time(), 0
+
+    class Sequences(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            nonlocal runs
+            if time.process_time() - began > seconds:
+                raise _Over
+            runs += 1
+            self.stepper = Stepper(world, Bounds())
+            self.steps: list[Step] = []
+
+        @rule(number=st.integers(0, 1 << 32))
+        def step(self, number: int) -> None:
+            done, findings = self.stepper.attempt(
+                grammar.step(random.Random(number), self.steps), thorough=True
+            )
+            self.steps.append(done)
+            if findings:
+                found()
+                raise _Over
+
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    options = settings(
+        max_examples=1 << 20,
+        stateful_step_count=LENGTH,
+        deadline=None,
+        database=None,
+        suppress_health_check=checks,
+        report_multiple_bugs=False,
+    )
+    with suppress(_Over):
+        run_state_machine_as_test(Sequences, settings=options)
+    return runs
+
+
+def _plain_finds(bug: str) -> bool:
+    world, found = _world(f"museum:{bug}"), []
+    with variants(world.variants):
+        _plain(world, SECONDS, lambda: found.append(bug))
+    return bool(found)
+
+
+def main() -> None:
+    """Print the table, of the named bugs or of all."""
+    for bug in sys.argv[1:] or NAMES:
+        print(bug_row(bug), flush=True)
+
+
+if __name__ == "__main__":
+    main()

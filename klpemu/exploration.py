@@ -1,0 +1,176 @@
+"""Running a scenario under all schedules with a bounded number of preemptions."""
+
+import gc
+import os
+import select
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final, NoReturn
+
+from elf.errors import KlpemuError
+from emu.machine import Machine
+from klpemu.explorer import Bounds, Explorer, Failure, Outcome
+from klpemu.forked import Forked
+from klpemu.scenario import Scenario
+from klpemu.step_runner import StepRunner
+from klpemu.watched_schedule import WatchedSchedule
+from patches.variants import variants
+
+__all__ = ["Explored", "Progress", "explore", "failing_scenario"]
+
+POLL_SECONDS: Final = 0.1
+STEP_SUCCEEDS: Final = "the_step_succeeds"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far it has come: with schedules of so many preemptions, the share of them (0 to 1), and runs."""
+
+    preemptions: int
+    share: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explored:
+    """What an exploration has found.
+
+    `schedules` is how many there are with at most 0, 1, ... preemptions, those that were run and those that
+    come to the same as one of them; it is as long as was explored to the end.  `runs` went to the end,
+    `merged` up to a state that was known, and `left_out` alternatives were not begun.  `stopped` says why it
+    ended early, "" if it did not.
+    """
+
+    scenario: Scenario
+    schedules: tuple[float, ...]
+    runs: int
+    merged: int
+    left_out: int
+    failure: Failure | None = None
+    stopped: str = ""
+    final_states: frozenset[Any] = frozenset()
+
+    @property
+    def holds(self) -> bool:
+        """Nothing was found."""
+        return self.failure is None
+
+
+def explore(
+    scenario: Scenario,
+    bounds: Bounds = Bounds(),  # noqa: B008  (it is frozen)
+    *,
+    reduce: bool = True,
+    final_state: Callable[[Machine], Any] | None = None,
+    progress: Callable[[Progress], bool] = lambda progress: True,
+) -> Explored:
+    """Run the scenario under all its schedules, those with fewest preemptions first, up to the first failure.
+
+    What the scenario says of schedules is left aside.  `progress` is called now and then; when it returns
+    False the exploration stops.  `reduce` False runs every single schedule.  `final_state` collects what all
+    runs came to.  Raises KlpemuError if the scenario does not even begin.
+    """
+    scenario = _unscheduled(scenario)
+    with variants(scenario.variants):
+        runner = StepRunner(scenario)
+        runner.boot()
+        machine = runner.kernel.machine
+        explorer = Explorer(
+            machine,
+            (runner,),
+            bounds,
+            reduce=reduce,
+            final_state=None if final_state is None else lambda: final_state(machine),
+        )
+        machine.hub.schedule = WatchedSchedule(explorer, runner._watched)
+        return _explore(scenario, runner, explorer, progress)
+
+
+def failing_scenario(explored: Explored) -> Scenario:
+    """The scenario up to the failure, with the schedule that leads there: `klpemu run` reproduces it."""
+    failure = explored.failure
+    if failure is None:
+        raise KlpemuError("all schedules hold", advice="there is nothing to reproduce")
+    steps = explored.scenario.steps[: failure.step + 1]
+    return replace(explored.scenario, steps=steps, schedule=failure.schedule)
+
+
+def _unscheduled(scenario: Scenario) -> Scenario:
+    steps = [replace(step, schedule=()) for step in scenario.steps]
+    return replace(scenario, seed=None, schedule=(), steps=steps)
+
+
+def _explore(
+    scenario: Scenario, runner: StepRunner, explorer: Explorer, progress: Callable[[Progress], bool]
+) -> Explored:
+    counters, bounds = explorer.counters, explorer.bounds
+    schedules: list[float] = []
+    final_states: frozenset[Any] = frozenset()
+    failure, stopped, length = None, "", 0
+    gc.collect()
+    gc.freeze()  # the processes share all that is there
+    for preemptions in range(bounds.preemptions + 1):
+        counters["position"] = 0
+        forked = Forked()
+        if forked.is_child:
+            gc.disable()
+            explorer.begin(forked, preemptions)
+            _run(scenario, runner, explorer)
+        outcome = _outcome(forked, explorer, partial(_goes_on, explorer, progress, preemptions, length))
+        failure = outcome.failure
+        if failure is not None or counters["stop"]:
+            break
+        length = length or counters["position"]
+        schedules = outcome.counts
+        final_states |= outcome.final_states
+    if counters["stop"] and failure is None:
+        out = bounds.runs is not None and counters["runs"] >= bounds.runs
+        stopped = f"after {counters['runs']:,} runs" if out else "interrupted"
+    gc.unfreeze()
+    return Explored(
+        scenario,
+        tuple(schedules),
+        counters["runs"],
+        counters["merged"],
+        counters["left_out"],
+        failure,
+        stopped,
+        final_states,
+    )
+
+
+def _goes_on(explorer: Explorer, progress: Callable[[Progress], bool], preemptions: int, length: int) -> bool:
+    counters = explorer.counters
+    share = min(1.0, counters["position"] / length) if length else 0.0
+    return progress(Progress(preemptions, share, counters["runs"] + counters["merged"]))
+
+
+def _outcome(forked: Forked, explorer: Explorer, goes_on: Callable[[], bool]) -> Outcome:
+    """Wait for the first process of a round."""
+    data = bytearray()
+    while True:
+        if not goes_on():
+            explorer.counters["stop"] = 1
+        ready, _, _ = select.select([forked.pipe], [], [], POLL_SECONDS)
+        if not ready:
+            continue
+        piece = os.read(forked.pipe, 1 << 16)
+        if not piece:
+            break
+        data += piece
+    outcome: Outcome = forked.ended(bytes(data))
+    return outcome
+
+
+def _run(scenario: Scenario, runner: StepRunner, explorer: Explorer) -> NoReturn:
+    """One run of the scenario, in the first process or in any that was forked on the way."""
+    for number, step in enumerate(scenario.steps):
+        explorer.begin_step(number)
+        try:
+            result = runner.perform(step)
+        except KlpemuError as error:
+            explorer.fail([f"{STEP_SUCCEEDS}: {step.name}: {error}"])
+        if not result.report.holds:
+            explorer.fail([str(each) for each in result.report.findings])
+    explorer.complete()

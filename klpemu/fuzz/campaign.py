@@ -1,0 +1,218 @@
+"""A campaign: several processes that search in one world with one corpus, until there is enough of it.
+
+Only when to stop may follow from the clock; what a run does never does.
+"""
+
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Final
+
+from elf.errors import KlpemuError
+from klpemu.fuzz.corpus import Corpus
+from klpemu.fuzz.search import Found, Search
+from klpemu.scenario import Scenario
+from patches.variants import variants
+
+__all__ = ["Campaign", "Plan", "State"]
+
+TELLING: Final = 0.25  # seconds between two messages of a process
+READING: Final = 2.0  # and between two looks at what others have added to the corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is searched, and how long: so many runs of all jobs together, so many seconds, or for ever."""
+
+    world: Scenario
+    corpus: Path
+    seed: int = 0
+    jobs: int = 1
+    runs: int | None = None
+    seconds: float | None = None
+    stop_at_finding: bool = False
+
+
+@dataclass(slots=True)
+class State:
+    """How far a campaign is; `covered` counts distinct states, edges and events of all jobs."""
+
+    runs: int = 0
+    steps: int = 0
+    executed: int = 0
+    states: int = 0
+    covered: int = 0
+    entries: int = 0
+    found: list[Found] = field(default_factory=list)
+    seconds: float = 0.0
+    lost: list[str] = field(default_factory=list)  # what a process died of that did not end by itself
+
+    @property
+    def rate(self) -> float:
+        """Runs a second."""
+        return self.runs / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a process says of its part since it has last said something."""
+
+    runs: int
+    steps: int
+    executed: int
+    states: frozenset[int]
+    reached: frozenset[int]
+    entries: int
+    found: tuple[Found, ...]
+    error: str = ""
+
+
+class Campaign:
+    """One campaign; `stop` ends it early, every process behind the run that it is in."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.state = State()
+        self._stopped = False
+        Corpus(plan.corpus)  # what is wrong with the folder is said here
+
+    def stop(self) -> None:
+        """Let the campaign come to its end."""
+        self._stopped = True
+
+    def run(self, watch: Callable[[State], None] = lambda state: None) -> State:
+        """Search; `watch` is called several times a second."""
+        began = time.monotonic()
+        reached, states = set[int](), set[int]()
+        with _processes(self.plan) as pipes:
+            waiting = dict(pipes)
+            while waiting:
+                for pipe in wait(list(waiting), timeout=TELLING):
+                    assert isinstance(pipe, Connection)
+                    try:
+                        self._take(pipe.recv(), reached, states)
+                    except (EOFError, OSError):
+                        process = waiting.pop(pipe)
+                        process.join()
+                        if process.exitcode:
+                            self.state.lost.append(f"a process ended with status {process.exitcode}")
+                self.state.seconds = time.monotonic() - began
+                watch(self.state)
+                if self._is_over():
+                    for pipe in waiting:
+                        _send(pipe, "stop")
+        return self.state
+
+    def _is_over(self) -> bool:
+        plan, state = self.plan, self.state
+        return (
+            self._stopped
+            or (plan.seconds is not None and state.seconds >= plan.seconds)
+            or (plan.stop_at_finding and bool(state.found))
+        )
+
+    def _take(self, told: _Told, reached: set[int], states: set[int]) -> None:
+        state = self.state
+        state.runs += told.runs
+        state.steps += told.steps
+        state.executed += told.executed
+        state.entries += told.entries
+        state.found += told.found
+        reached |= told.reached
+        states |= told.states
+        state.covered, state.states = len(reached), len(states)
+        if told.error:
+            state.lost.append(told.error)
+
+
+@contextmanager
+def _processes(plan: Plan) -> Iterator[dict[Connection, Any]]:
+    """The processes of a campaign by the pipes to them; none is left when the block ends."""
+    context = multiprocessing.get_context("spawn")
+    started: dict[Connection, Any] = {}
+    try:
+        for job in range(plan.jobs):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(plan, job, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            started[ours] = process
+        yield started
+    finally:
+        for pipe, process in started.items():
+            if process.is_alive():
+                process.terminate()
+            process.join()
+            pipe.close()
+
+
+def _work(plan: Plan, job: int, pipe: Connection) -> None:
+    """One process: search and tell, until told to stop or until its share of the runs is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the campaign says when to stop
+    share = None if plan.runs is None else plan.runs // plan.jobs + (job < plan.runs % plan.jobs)
+    try:
+        with variants(plan.world.variants):
+            _search(plan, job, pipe, share)
+    except KlpemuError as error:
+        _send(pipe, _Told(0, 0, 0, frozenset(), frozenset(), 0, (), str(error)))
+    pipe.close()
+
+
+def _search(plan: Plan, job: int, pipe: Connection, share: int | None) -> None:
+    search = Search(plan.world, Corpus(plan.corpus), plan.seed, job)
+    tell = _Teller(search, pipe)
+    told = read = time.monotonic()
+    while share is None or search.tally.runs < share:
+        found = search.advance()
+        now = time.monotonic()
+        if found is not None or now - told > TELLING:
+            search.note_runs()
+            tell((found,) if found is not None else ())
+            told = time.monotonic()
+            if pipe.poll():
+                break
+        if plan.jobs > 1 and now - read > READING:
+            search.read_corpus()
+            read = time.monotonic()
+    search.note_runs()
+    tell(())
+
+
+class _Teller:
+    """Says what has come since it was last called."""
+
+    def __init__(self, search: Search, pipe: Connection) -> None:
+        self._tally, self._pipe = search.tally, pipe
+        self._runs = self._steps = self._executed = self._entries = 0
+        self._reached: frozenset[int] = frozenset()
+        self._states: frozenset[int] = frozenset()
+
+    def __call__(self, found: tuple[Found, ...]) -> None:
+        tally = self._tally
+        reached, states = frozenset(tally.reached), frozenset(tally.states)
+        _send(
+            self._pipe,
+            _Told(
+                tally.runs - self._runs,
+                tally.steps - self._steps,
+                tally.executed - self._executed,
+                states - self._states,
+                reached - self._reached,
+                tally.entries - self._entries,
+                found,
+            ),
+        )
+        self._runs, self._steps, self._executed = tally.runs, tally.steps, tally.executed
+        self._entries, self._reached, self._states = tally.entries, reached, states
+
+
+def _send(pipe: Connection, message: object) -> None:
+    try:
+        pipe.send(message)
+    except (BrokenPipeError, OSError):
+        return  # the other end has gone; who waits for it notices

@@ -1,0 +1,206 @@
+"""Which sequences of operations there are: what a kernel, its modules, its patches and its tasks offer.
+
+A world is a scenario whose steps are no sequence but examples: each may come anywhere.  To them come the
+operations that its patches and tasks imply.  A sequence is random, but rather such that something happens: a
+patch is disabled more often if it was enabled before.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+from emu.timer import JIFFY_INSTRUCTIONS
+from klpemu.scenario import Action, Scenario, Step
+from klpemu.task_file import system_tasks
+
+__all__ = ["FTRACE_ENABLED", "LENGTH", "Grammar"]
+
+LENGTH: Final = 20  # steps of a fresh sequence, at most
+FTRACE_ENABLED: Final = "/proc/sys/kernel/ftrace_enabled"
+TRACERS: Final = ("first", "second", "third")
+MSECS: Final = (1, 4, 20, 100, 500, 2000, 20_000)  # the last is longer than the 15 s until signals go out
+SETTLING: Final = (100, 500, 2000)  # in which a transition ends that nobody holds up for long
+# Allocations that may fail, by a part of their tags.
+ALLOCATIONS: Final = ("klp_ops", "ftrace_hash", "ftrace_trampoline", "nop", "module", "klp_object")
+DOORS: Final = 400  # of a service that enables a patch, about
+STRIDE: Final = 120  # instructions: a redirected call takes fewer
+_WEIGHTS: Final = {
+    Action.ENABLE: 5,
+    Action.DISABLE: 4,
+    Action.REVERSE: 2,
+    Action.FORCE: 1,
+    Action.SPAWN: 4,
+    Action.RUN: 4,
+    Action.LOAD: 2,
+    Action.UNLOAD: 2,
+    Action.MODPROBE: 1,
+    Action.RMMOD: 1,
+    Action.CALL: 2,
+    Action.FTRACE: 3,
+    Action.UNFTRACE: 3,
+    Action.WRITE: 1,
+}
+_TRANSITIONS: Final = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE)
+_OF_MODULES: Final = (Action.LOAD, Action.UNLOAD, Action.MODPROBE, Action.RMMOD)
+# The opposite of an operation, by what it does to its target.
+_UNDOES: Final = {
+    Action.DISABLE: Action.ENABLE,
+    Action.REVERSE: Action.ENABLE,
+    Action.FORCE: Action.ENABLE,
+    Action.UNFTRACE: Action.FTRACE,
+}
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The operations of one world."""
+
+    world: Scenario
+
+    @cached_property
+    def operations(self) -> dict[Action, list[Step]]:
+        """Every operation there is, without a schedule, by what it does."""
+        steps = [*self._of_patches(), *self._of_tasks(), *self._of_tracers(), *self.world.steps]
+        steps += [Step(Action.RUN, f"{msecs} ms", msecs=msecs) for msecs in MSECS]
+        steps += [Step(Action.WRITE, FTRACE_ENABLED, value=value) for value in "011"]
+        found: dict[Action, list[Step]] = {}
+        for step in steps:
+            found.setdefault(step.action, []).append(replace(step, line=0))
+        return found
+
+    def sequence(self, random_: random.Random, length: int = LENGTH) -> list[Step]:
+        """A fresh sequence."""
+        steps: list[Step] = []
+        operations = self._some(random_, ())
+        for _ in range(random_.randint(2, length)):
+            steps.append(self._step(random_, steps, operations))
+        return steps
+
+    def step(self, random_: random.Random, before: Sequence[Step]) -> Step:
+        """One step that may come behind those."""
+        return self._step(random_, before, self._some(random_, before))
+
+    def _some(self, random_: random.Random, before: Sequence[Step]) -> dict[Action, list[Step]]:
+        """Some of the operations, and those on what was used before.
+
+        A sequence that does little of everything seldom does two things that have to do with each other
+        (Groce, Zhang, Eide, Chen and Regehr, "Swarm Testing", 2012).
+        """
+        used = {each.target for each in before}
+        used.update(
+            _sample(random_, [*self.world.patches], 1, 3), _sample(random_, [*self.world.tasks], 0, 2)
+        )
+        used.update(_sample(random_, self._modules, 0, 2))
+        share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.3))}
+        found: dict[Action, list[Step]] = {}
+        for kind, steps in self.operations.items():
+            named = kind in _TRANSITIONS or kind in _OF_MODULES or kind is Action.SPAWN
+            kept = [
+                each
+                for each in steps
+                if {each.target, _module(each)} & used
+                or (not named and random_.random() < share.get(kind, 0.3))
+            ]
+            if kept:
+                found[kind] = kept
+        return found | {Action.RUN: self.operations[Action.RUN]}
+
+    def _step(
+        self, random_: random.Random, before: Sequence[Step], operations: dict[Action, list[Step]]
+    ) -> Step:
+        if before and before[-1].action in _TRANSITIONS and random_.random() < 0.5:
+            return random_.choice([each for each in operations[Action.RUN] if each.msecs in SETTLING])
+        kinds = [each for each in _WEIGHTS if each in operations]
+        kind = random_.choices(kinds, [_WEIGHTS[each] for each in kinds])[0]
+        choices = operations[kind]
+        if kind in _UNDOES and random_.random() < 0.9:
+            done = {each.target for each in before if each.action is _UNDOES[kind]}
+            choices = [each for each in choices if each.target in done]
+            if not choices:
+                kind = _UNDOES[kind]
+                choices = operations.get(kind) or self.operations[kind]
+        step = random_.choice(choices)
+        if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
+            return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
+        if random_.random() < 0.3:
+            return replace(step, schedule=self._schedule(random_, before))
+        return step
+
+    def varied(
+        self, random_: random.Random, steps: Sequence[Step], keep: int = 0, most: int = LENGTH
+    ) -> list[Step]:
+        """A sequence that differs from `steps` behind the first `keep`, by one to four changes.
+
+        At most `most` steps come to it, and it is at most as long as a fresh one.
+        """
+        varied = list(steps)
+        for _ in range(random_.choice((1, 1, 2, 4))):
+            at = random_.randint(keep, len(varied))
+            match random_.randrange(5):
+                case 0 if at < len(varied):
+                    del varied[at]
+                case 1 if at < len(varied):
+                    varied[at] = self.step(random_, varied[:at])
+                case 2 if at < len(varied):
+                    varied[at] = replace(varied[at], schedule=self._schedule(random_, varied[:at]))
+                case 3 if at < len(varied):
+                    to = random_.randint(keep, len(varied) - 1)
+                    varied.insert(to, varied.pop(at))
+                case _:
+                    varied.insert(at, self.step(random_, varied[:at]))
+        while len(varied) < min(LENGTH, len(steps) + most) and random_.random() < 0.5:
+            varied.append(self.step(random_, varied))
+        return varied[: max(LENGTH, keep + 1)]
+
+    def _schedule(self, random_: random.Random, before: Sequence[Step]) -> tuple[tuple[str, int], ...]:
+        """Turns of a few tasks: each a number of instructions, or of doors of the service of the step."""
+        spawned = [each.target for each in before if each.action is Action.SPAWN]
+        names = [*dict.fromkeys(spawned), "init", *system_tasks(self.world.cpus)[-self.world.cpus - 1 :]]
+        turns: list[tuple[str, int]] = []
+        for _ in range(random_.choice((1, 2, 3, 5))):
+            name = "init" if random_.random() < 0.4 else random_.choice(names)
+            if random_.random() < 0.5:
+                turns += [(name, JIFFY_INSTRUCTIONS)] * random_.randint(1, DOORS)
+            else:
+                turns.append((name, random_.randint(1, STRIDE)))
+        return tuple(turns)
+
+    @cached_property
+    def _modules(self) -> list[str]:
+        """The names of the modules that come and go."""
+        return list(dict.fromkeys(_module(each) for each in self.world.steps if each.action in _OF_MODULES))
+
+    def _of_patches(self) -> list[Step]:
+        actions = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE)
+        return [Step(action, name) for name in self.world.patches for action in actions]
+
+    def _of_tasks(self) -> list[Step]:
+        return [Step(Action.SPAWN, name) for name in self.world.tasks]
+
+    def _of_tracers(self) -> list[Step]:
+        """Tracers of the functions of the kernel that patches replace."""
+        found = [
+            func.old if not func.sympos else f"{func.old},{func.sympos}"
+            for patch in self.world.patches.values()
+            for func in patch.objects.get("vmlinux", ())
+        ]
+        functions = list(dict.fromkeys(found))
+        if not functions:
+            return []
+        sets = [(each,) for each in functions[:3]] + [tuple(functions[:2])]
+        registered = [
+            Step(Action.FTRACE, name, functions=each) for name in TRACERS for each in dict.fromkeys(sets)
+        ]
+        return registered + [Step(Action.UNFTRACE, name) for name in TRACERS]
+
+
+def _module(step: Step) -> str:
+    """The name of the module that a step loads or unloads; "" for other steps."""
+    return Path(step.target).stem.rpartition(":")[2] if step.action in _OF_MODULES else ""
+
+
+def _sample(random_: random.Random, names: Sequence[str], least: int, most: int) -> list[str]:
+    return random_.sample(names, min(len(names), random_.randint(least, most)))

@@ -1,0 +1,64 @@
+"""Which sequences there are."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from klpemu.fixtures import fixture
+from klpemu.fuzz.grammar import LENGTH, Grammar
+from klpemu.fuzz.world import world_of
+from klpemu.scenario import Action
+from klpemu.scenario_file import read_scenario
+from klpemu.scenario_text import scenario_text
+
+WORLD = world_of(None, None, None, "qemu64", (), (), ())
+GRAMMAR = Grammar(WORLD)
+
+
+def test_a_seed_gives_one_sequence_and_another_seed_another() -> None:
+    same = [GRAMMAR.sequence(random.Random(7)) for _ in range(2)]
+    assert same[0] == same[1]
+    assert GRAMMAR.sequence(random.Random(8)) != same[0]
+
+
+def test_every_kind_of_operation_comes_up() -> None:
+    random_ = random.Random(1)
+    steps = [step for _ in range(300) for step in GRAMMAR.sequence(random_)]
+    kinds = {each.action for each in steps}
+    assert kinds >= {
+        *(Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE, Action.LOAD, Action.UNLOAD),
+        *(Action.MODPROBE, Action.RMMOD, Action.SPAWN, Action.RUN, Action.CALL, Action.WRITE),
+        *(Action.FTRACE, Action.UNFTRACE),
+    }
+    assert any(each.schedule for each in steps)
+    assert any(each.fail_alloc for each in steps)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_sequence_is_a_scenario_that_can_be_read(seed: int, tmp_path: Path) -> None:
+    steps = GRAMMAR.sequence(random.Random(seed))
+    path = tmp_path / "sequence.toml"
+    path.write_text(scenario_text(replace(WORLD, steps=tuple(steps))))
+    assert [replace(each, line=0) for each in read_scenario(path).steps] == steps
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_variation_keeps_the_beginning_and_the_length(seed: int) -> None:
+    random_ = random.Random(seed)
+    steps = GRAMMAR.sequence(random_)
+    keep = random_.randint(0, len(steps))
+    varied = GRAMMAR.varied(random_, steps, keep)
+    assert varied[:keep] == steps[:keep]
+    assert len(varied) <= LENGTH + 1
+
+
+def test_modules_and_patches_of_ones_own_make_a_world() -> None:
+    patch = "builtin:fix_area.o:area_of=fixed_area_of"
+    world = world_of(None, None, None, "qemu64", [fixture("lamp.ko")], [patch], ["nops_kept"])
+    operations = Grammar(world).operations
+    assert [each.target for each in operations[Action.ENABLE]] == ["fix_area"]
+    assert [each.target for each in operations[Action.UNLOAD]] == ["lamp"]
+    assert {each.functions for each in operations[Action.FTRACE]} == {("area_of",)}
+    assert world.variants == ("nops_kept",)

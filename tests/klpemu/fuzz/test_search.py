@@ -1,0 +1,105 @@
+"""What the search finds, and that it finds nothing where nothing is wrong."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from klpemu.fuzz.corpus import Corpus
+from klpemu.fuzz.replay import replay, replayed
+from klpemu.fuzz.search import Found, Search
+from klpemu.fuzz.shrink import preemptions
+from klpemu.fuzz.world import world_of
+from klpemu.scenario import Scenario
+from patches.variants import variants
+
+
+def search(folder: Path, bug: str, runs: int, seed: int = 1) -> Found | None:
+    """The first finding of one process from an empty corpus."""
+    world = world_of(None, None, None, "qemu64", (), (), [bug] if bug else [])
+    with variants(world.variants):
+        found = Search(world, Corpus(folder), seed)
+        for _ in range(runs):
+            each = found.advance()
+            if each is not None:
+                return each
+    return None
+
+
+def without_one(scenario: Scenario) -> list[Scenario]:
+    """The scenario without one step, or without one preemption, for each of them."""
+    steps = list(scenario.steps)
+    fewer = [[*steps[:at], *steps[at + 1 :]] for at in range(len(steps))]
+    for at, step in enumerate(steps):
+        groups = preemptions(step)
+        for left_out in range(len(groups)):
+            turns = [
+                turn for index, (turn, times) in enumerate(groups) if index != left_out for _ in range(times)
+            ]
+            fewer.append([*steps[:at], replace(step, schedule=tuple(turns)), *steps[at + 1 :]])
+    return [replace(scenario, steps=tuple(replace(each, error="") for each in rest)) for rest in fewer]
+
+
+EASY = ["missing-sync", "plain-store", "tail-first", "return-not-rebased"]
+WITH_PREEMPTIONS = pytest.param("int3-as-nop", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("bug", [*EASY, WITH_PREEMPTIONS])
+def test_the_search_finds_a_bug_and_its_reproducer_is_minimal(bug: str, tmp_path: Path) -> None:
+    found = search(tmp_path, f"museum:{bug}", 600)
+    assert found is not None
+    (path,) = Corpus(tmp_path).findings()
+    shown = replay(path)
+    assert any(f" {found.signature}: " in each for each in shown)
+    for fewer in without_one(found.scenario):
+        assert not any(f" {found.signature}: " in each for each in replayed(fewer))
+    assert replayed(replace(found.scenario, variants=())) == []
+
+
+def test_the_test_beside_a_finding_fails(tmp_path: Path) -> None:
+    assert search(tmp_path, "museum:missing-sync", 20) is not None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    result = subprocess.run(
+        [*command, str(tmp_path / "findings")], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1, result.stdout
+    assert "1 failed" in result.stdout
+    assert "every_fetch_is_an_instruction" in result.stdout
+
+
+def test_without_a_bug_nothing_is_found(tmp_path: Path) -> None:
+    assert search(tmp_path, "", 60) is None
+
+
+def test_a_finding_that_is_known_is_not_reported_again(tmp_path: Path) -> None:
+    assert search(tmp_path, "museum:plain-store", 20) is not None
+    assert search(tmp_path, "museum:plain-store", 5) is None
+
+
+def test_the_next_start_goes_on_where_the_last_one_was(tmp_path: Path) -> None:
+    world = world_of(None, None, None, "qemu64", (), (), [])
+    first = Search(world, Corpus(tmp_path), 3)
+    for _ in range(4):
+        first.advance()
+    first.note_runs()
+    entries = {path.name for path in (tmp_path / "entries").iterdir()}
+    assert entries
+    second = Search(world, Corpus(tmp_path), 3)
+    assert second.tally.reached == first.tally.reached
+    second.advance()
+    second.note_runs()
+    assert Corpus(tmp_path).runs_of("3-0") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("bug", [*EASY, "stale-target", "nops-first", "nops-for-ever", "stale-obj-mod"])
+def test_bugs_of_the_museum_are_found_from_an_empty_corpus(bug: str, seed: int, tmp_path: Path) -> None:
+    assert search(tmp_path, f"museum:{bug}", 5000, seed) is not None
+
+
+@pytest.mark.slow
+def test_without_a_bug_nothing_is_found_in_many_runs(tmp_path: Path) -> None:
+    assert search(tmp_path, "", 5000) is None
