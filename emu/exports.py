@@ -22,7 +22,7 @@ from emu.view import Layouts
 if TYPE_CHECKING:
     from emu.machine import Machine
 
-__all__ = ["CANNOT_RUN", "EXPORTS", "append_guest_exports"]
+__all__ = ["CANNOT_RUN", "EXPORTS", "allocate", "append_guest_exports"]
 
 # name: assembly.  All keep to the C ABI; none has an fentry site, as lib/string.c and arch/x86/lib have none.
 GUEST_EXPORTS = {
@@ -173,16 +173,17 @@ def __stack_chk_fail(machine: "Machine") -> None:
 @export
 def __kmalloc(machine: "Machine", size: int, flags: int) -> int:
     """Allocate from the slab; the flags are ignored but for __GFP_ZERO."""
-    return _allocate(machine, size, flags, f"__kmalloc by {machine.caller()}")
+    return allocate(machine, size, flags, f"__kmalloc by {machine.caller()}")
 
 
 @export
 def kmalloc_trace(machine: "Machine", _cache: int, flags: int, size: int) -> int:
     """As __kmalloc: there are no caches, and nothing is traced."""
-    return _allocate(machine, size, flags, f"kmalloc by {machine.caller()}")
+    return allocate(machine, size, flags, f"kmalloc by {machine.caller()}")
 
 
-def _allocate(machine: "Machine", size: int, flags: int, tag: str) -> int:
+def allocate(machine: "Machine", size: int, flags: int, tag: str) -> int:
+    """Memory from the heap, zeroed if the flags say so; 0 (NULL) if there is none."""
     try:
         return (machine.slab.kzalloc if flags & GFP_ZERO else machine.slab.kmalloc)(size, tag)
     except KernelErrno:

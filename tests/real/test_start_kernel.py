@@ -17,6 +17,7 @@ from klpemu.kernel_image import open_kernel_image
 from klpemu.stock_kernel import StockKernel
 
 NOP5 = bytes.fromhex("0f1f440000")
+GFP_KERNEL = 0xCC0
 HANDLERS = ("kernel", "own")
 
 
@@ -81,6 +82,36 @@ def test_its_printf_formats_symbols_and_bitmaps(booted: Kernel) -> None:
     assert length == len(read_string(machine.space, room))
     for each in (room, form, text, bits):
         machine.slab.kfree(each)
+
+
+def test_what_allocates_inside_of_the_image_gets_memory(booted: Kernel) -> None:
+    """kstrdup() and kasprintf() are the image's own; what they call for memory is answered."""
+    machine = booted.machine
+    live = set(machine.slab.live)
+    text = machine.slab.kstrdup("%d of %s", "text")
+    copy = booted.call("kstrdup", text, GFP_KERNEL)
+    assert read_string(machine.space, copy) == "%d of %s"
+    made = booted.call("kasprintf", GFP_KERNEL, text, 7, copy)
+    assert read_string(machine.space, made) == "7 of %d of %s"
+    larger = booted.call("krealloc", made, 100, GFP_KERNEL)
+    assert read_string(machine.space, larger) == "7 of %d of %s"
+    for each in (text, copy, larger):
+        booted.call("kfree", each)
+    assert set(machine.slab.live) == live
+
+
+def test_a_cache_gives_objects_of_its_size_on_which_the_constructor_has_run(booted: Kernel) -> None:
+    """int_sqrt() serves as a constructor without effect: what counts is that guest code can be called."""
+    machine = booted.machine
+    live = set(machine.slab.live)
+    name = machine.slab.kstrdup("things", "name")
+    cache = booted.call("kmem_cache_create", name, 40, 8, 0, booted.address_of("int_sqrt"))
+    thing = booted.call("kmem_cache_alloc", cache, GFP_KERNEL)
+    assert machine.slab.live[thing][0] == 40
+    booted.call("kmem_cache_free", cache, thing)
+    booted.call("kmem_cache_destroy", cache)
+    machine.slab.kfree(name)
+    assert set(machine.slab.live) == live
 
 
 def test_a_warning_is_told_with_file_and_line_and_execution_goes_on(stock_kernel: StockKernel) -> None:
