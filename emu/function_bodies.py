@@ -13,7 +13,7 @@ from emu.text_poke import INSN_SIZE, JMP32_OPCODE, text_gen_insn
 if TYPE_CHECKING:
     from emu.start_kernel import ImageText, LinkedImage
 
-__all__ = ["image_runs", "replace_bodies"]
+__all__ = ["NEEDS_A_SYSTEM", "image_runs", "replace_bodies"]
 
 # What Python answers for the built-in kernel, and a linked image does itself: it needs memory and CPU only.
 # fmt: off
@@ -31,6 +31,16 @@ IMAGE_RUNS = frozenset((
 # fmt: on
 # The functions of kernel_param_ops (kernel/params.c).
 PARAMETERS = ("param_array_", "param_free_", "param_get_", "param_set_")
+# What an image has and nobody can answer: a call of it is refused, by its name and the caller's, before it
+# goes astray in a kernel whose scheduler, page allocator, devices and RCU never came up.
+# fmt: off
+NEEDS_A_SYSTEM = (
+    "__alloc_pages", "__request_module", "__schedule", "__vmalloc_node_range", "call_rcu",
+    "call_usermodehelper_exec", "device_add", "do_exit", "filp_open", "kernel_clone",
+    "kthread_create_on_node", "panic", "register_netdevice", "request_threaded_irq",
+    "smp_call_function_many_cond", "synchronize_rcu",
+)
+# fmt: on
 
 
 def image_runs(name: str) -> bool:

@@ -17,7 +17,7 @@ from elf.image import Image
 from elf.kernel_symbols import KernelSymbols
 from elf.layout import StructLayout
 from emu.assembly import Code
-from emu.function_bodies import image_runs, replace_bodies
+from emu.function_bodies import NEEDS_A_SYSTEM, image_runs, replace_bodies
 from emu.kallsyms import Ksym
 from emu.memory import PAGE_SIZE
 from emu.module_text import Text
@@ -151,7 +151,8 @@ def place_linked(
     if entry_code:
         append_redirection(code, layouts, linked.per_cpu_offsets(), fixups, entry_code)
     ours = set(code.labels)
-    exports = [name for name in exports if not image_runs(name)]
+    refused = [name for name in NEEDS_A_SYSTEM if name in linked.first_addresses]
+    exports = sorted({*refused, *(name for name in exports if not image_runs(name))})
     exits = append_stubs(code, exports, start)
     labels = {name: start + offset for name, offset in code.labels.items()}
     sites = _convert_sites(text, linked)

@@ -17,7 +17,7 @@ class KernelInfo:
 
     `applied` has for each table of the image what was rewritten, left as it was, and refused; `decisions` are
     the mitigations that the CPU asks for, in the kernel's words; `answered` are the functions whose body
-    Python takes the place of.
+    Python takes the place of, `refused` those that need more of a system than there is: a call is an error.
     """
 
     path: str
@@ -31,6 +31,7 @@ class KernelInfo:
     decisions: Mapping[str, str]
     applied: Mapping[str, tuple[int, int, tuple[str, ...]]]
     answered: tuple[str, ...] = field(repr=False)
+    refused: tuple[str, ...] = field(repr=False)
 
 
 def kernel_info(kernel: Kernel) -> KernelInfo:
@@ -39,11 +40,11 @@ def kernel_info(kernel: Kernel) -> KernelInfo:
     text = machine.text_at_load.get("")
     symbols = machine.vmlinux.symbols
     own = "__klpemu_" if machine.vmlinux.table is not None else ""
-    answered = sorted(
-        name.removeprefix(own)
-        for name in set(machine.vmlinux.exits.values()) - {"klpemu_return"}
+    left = [
+        name
+        for name in sorted(set(machine.vmlinux.exits.values()) - {"klpemu_return"})
         if not own or f"{own}{name}" in symbols
-    )
+    ]
     handler = machine.symbol("klp_ftrace_handler")
     entry = machine.vmlinux.entry
     return KernelInfo(
@@ -60,7 +61,8 @@ def kernel_info(kernel: Kernel) -> KernelInfo:
             each.kind: (each.applied, each.left, tuple(each.refused))
             for each in (text.applied if text is not None else ())
         },
-        answered=tuple(answered),
+        answered=tuple(name for name in left if name in machine.traps.exports),
+        refused=tuple(name for name in left if name not in machine.traps.exports),
     )
 
 
@@ -88,6 +90,8 @@ def print_kernel(output: Output, info: KernelInfo) -> None:
             output.line((why, "yellow"), indent=4)
     output.heading(f"Answered in Python: {len(info.answered)} functions")
     output.line(" ".join(info.answered), indent=2, hang=0)
+    output.heading(f"Refused when called: {len(info.refused)} functions")
+    output.line(" ".join(info.refused), indent=2, hang=0)
 
 
 def kernel_object(info: KernelInfo) -> dict[str, object]:
@@ -108,4 +112,5 @@ def kernel_object(info: KernelInfo) -> dict[str, object]:
             for kind, (applied, left, refused) in info.applied.items()
         ],
         "answered": list(info.answered),
+        "refused": list(info.refused),
     }

@@ -141,6 +141,7 @@ INFO_OF_A_KERNEL: Form = {
     "decisions": dict,
     "applied": [{"table": str, "applied": int, "left": int, "refused": [str]}],
     "answered": [str],
+    "refused": [str],
 }
 FORMS: dict[str, Any] = {
     "info": (INFO, INFO_OF_A_KERNEL),

@@ -114,6 +114,15 @@ def test_a_cache_gives_objects_of_its_size_on_which_the_constructor_has_run(boot
     assert set(machine.slab.live) == live
 
 
+@pytest.mark.parametrize("function", ["panic", "kthread_create_on_node", "alloc_pages"])
+def test_what_needs_a_running_system_is_refused_at_the_call(stock_kernel: StockKernel, function: str) -> None:
+    kernel = Kernel.load(stock_kernel.vmlinuz)
+    with pytest.raises(KlpemuError, match=r"guest code called \w+, which exists but cannot run here"):
+        kernel.call(function, 0, 0, 0, 0)
+    assert kernel.call("int_sqrt", 49) == 7, "the kernel goes on"
+    kernel.verify().raise_for_findings()
+
+
 def test_a_warning_is_told_with_file_and_line_and_execution_goes_on(stock_kernel: StockKernel) -> None:
     """__bug_table, read back by lib/bug.c; include/asm-generic/bug.h."""
     kernel = Kernel.load(stock_kernel.vmlinuz)
