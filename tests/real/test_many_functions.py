@@ -125,9 +125,9 @@ def loaded(kernel: Kernel, stock_kernel: StockKernel) -> Iterator[tuple[str, lis
         yield name, list(dict.fromkeys(patchable(kernel, sites, name)))
 
 
-def test_hundreds_of_functions_of_modules_are_redirected_and_restored(
-    stock_kernel: StockKernel, replacements: Path
-) -> None:
+@pytest.fixture(scope="module")
+def in_modules(stock_kernel: StockKernel, replacements: Path) -> tuple[Kernel, list[Patch]]:
+    """A kernel with modules chosen by the seed, and a patch of each, of COUNT functions in all."""
     kernel = Kernel.load(stock_kernel.vmlinuz)
     patches: list[Patch] = []
     count = 0
@@ -140,6 +140,13 @@ def test_hundreds_of_functions_of_modules_are_redirected_and_restored(
         if count >= COUNT:
             break
     assert count == COUNT
+    return kernel, patches
+
+
+def test_hundreds_of_functions_of_modules_are_redirected_at_once_and_restored(
+    in_modules: tuple[Kernel, list[Patch]],
+) -> None:
+    kernel, patches = in_modules
     for patch in patches:
         kernel.enable(patch)
     report = kernel.verify("all enabled")
@@ -148,6 +155,24 @@ def test_hundreds_of_functions_of_modules_are_redirected_and_restored(
     for patch in patches:
         kernel.disable(patch)
     kernel.verify("all disabled").raise_for_findings()
-    (first, *_) = patches
-    ((module, funcs),) = first.objects.items()
-    one_by_one(kernel, [func.old for func in funcs][:10], replacements, module)
+
+
+def one_by_one_in_modules(kernel: Kernel, patches: Sequence[Patch], replacements: Path) -> None:
+    for patch in patches:
+        for module, funcs in patch.objects.items():
+            one_by_one(kernel, [func.old for func in funcs], replacements, module)
+
+
+def test_functions_of_a_module_are_redirected_and_restored_one_by_one(
+    in_modules: tuple[Kernel, list[Patch]], replacements: Path
+) -> None:
+    kernel, (first, *_) = in_modules
+    one_by_one_in_modules(kernel, [first], replacements)
+
+
+@pytest.mark.slow
+def test_all_of_the_functions_of_modules_are_redirected_and_restored_one_by_one(
+    in_modules: tuple[Kernel, list[Patch]], replacements: Path
+) -> None:
+    kernel, (_, *rest) = in_modules
+    one_by_one_in_modules(kernel, rest, replacements)
