@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from elf.errors import ElfError
+from emu.text_image import TextImage
 from emu.text_poke import INSN_SIZE, JMP32_OPCODE, text_gen_insn
 
 if TYPE_CHECKING:
-    from emu.start_kernel import ImageText, LinkedImage
+    from emu.start_kernel import LinkedImage
 
 __all__ = ["NEEDS_A_SYSTEM", "image_runs", "replace_bodies"]
 
@@ -49,7 +50,7 @@ def image_runs(name: str) -> bool:
 
 
 def replace_bodies(
-    text: "ImageText", linked: "LinkedImage", labels: Mapping[str, int], sites: set[int]
+    text: TextImage, linked: "LinkedImage", labels: Mapping[str, int], sites: set[int]
 ) -> set[str]:
     """A jump to its stub behind the fentry site of each function that Python answers; returns which."""
     replaced = set()

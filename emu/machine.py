@@ -52,7 +52,7 @@ from emu.printk import Printk
 from emu.rcu import synchronize
 from emu.sched import Scheduler
 from emu.slab import Slab
-from emu.start_kernel import ImageText, LinkedImage, place_linked, setup_per_cpu_areas, texts_in
+from emu.start_kernel import LinkedImage, place_linked, setup_per_cpu_areas, texts_in
 from emu.switch_to import INTERRUPT_STUB, StackFrames
 from emu.task import Activity, Service, Task
 from emu.text_at_load import TextAtLoad, alternative_instructions, module_finalize
@@ -200,10 +200,9 @@ class Machine:
             self.vmlinux = place_vmlinux(self.image, self.layouts, self.percpu.alloc, code, exits)
         else:
 
-            def apply(text: ImageText, linked: LinkedImage) -> None:
+            def apply(placement: Placement) -> None:
                 lookup = linked.first_addresses.get
-                done = alternative_instructions(text.placement, lookup, self.mitigations, cpus)
-                self.text_at_load[""] = done
+                self.text_at_load[""] = alternative_instructions(placement, lookup, self.mitigations, cpus)
 
             self.vmlinux = place_linked(linked, self.layouts, entry_code, exits, apply)
         self.traps.exports = dict(EXPORTS)

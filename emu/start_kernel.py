@@ -5,8 +5,7 @@ code leaves for Python, behind the image's last page.  A kernel function that Py
 and its fentry site; a jump to its stub takes the place of its body.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from struct import Struct
@@ -19,10 +18,12 @@ from elf.layout import StructLayout
 from emu.assembly import Code
 from emu.function_bodies import NEEDS_A_SYSTEM, image_runs, replace_bodies
 from emu.kallsyms import Ksym
-from emu.memory import PAGE_SIZE
+from emu.memory import PAGE_SIZE, MemoryFault
 from emu.module_text import Text
 from emu.paging import Access, AddressSpace
 from emu.placement import Group, Placement
+from emu.text_at_load import text_of
+from emu.text_image import TextImage
 from emu.text_poke import CALL_OPCODE, INSN_SIZE, NOP5
 from emu.view import Layouts
 from emu.vmlinux import EntryCode, Vmlinux, append_redirection, append_stubs, link
@@ -30,10 +31,11 @@ from emu.vmlinux import EntryCode, Vmlinux, append_redirection, append_stubs, li
 if TYPE_CHECKING:
     from emu.machine import Machine
 
-__all__ = ["ImageText", "LinkedImage", "place_linked", "setup_per_cpu_areas", "texts_in"]
+__all__ = ["LinkedImage", "place_linked", "setup_per_cpu_areas", "texts_in"]
 
 STUB_DISTANCE = 1 << 21  # the stubs begin at the next 2 MiB behind the image
 
+OTHER_BUILD = "the symbols given belong to another build of the kernel, or the image was changed"
 CALL = Struct("<Bi")
 FUNCTION_TYPES = "tTwW"  # nm(1)
 # 32-bit variables as they are when user space runs: system_state is SYSTEM_RUNNING; ftrace_init() was there.
@@ -78,63 +80,12 @@ class LinkedImage:
         return found
 
 
-class ImageText:
-    """The bytes of a linked image under construction, by virtual address: nothing executes them yet."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
-        spans = sorted(
-            (address, index) for index, address in placement.addresses.items() if index in placement.contents
-        )
-        self._starts = [address for address, _ in spans]
-        self._indexes = [index for _, index in spans]
-
-    def section_at(self, address: int) -> tuple[bytearray, int]:
-        """The bytes of the section that holds `address`, and the offset of `address` in it."""
-        at = bisect_right(self._starts, address) - 1
-        if at >= 0:
-            data, offset = self.placement.contents[self._indexes[at]], address - self._starts[at]
-            if offset < len(data):
-                return data, offset
-        raise ElfError(f"no section holds {address:#x}", where=self.placement.image.path)
-
-    def places(self, addresses: Iterable[int], size: int) -> Iterator[tuple[bytearray, int]]:
-        """For each of many ascending addresses the bytes of its section, and the offset in them."""
-        start = end = 0
-        data = bytearray()
-        for address in addresses:
-            if not start <= address <= end - size:
-                data, offset = self.section_at(address)
-                start, end = address - offset, address - offset + len(data)
-                if address > end - size:
-                    raise ElfError(f"{address:#x} is the end of a section", where=self.placement.image.path)
-            yield data, address - start
-
-    def read(self, address: int, size: int) -> bytes:
-        """`size` bytes, all of one section."""
-        data, offset = self.section_at(address)
-        if offset + size > len(data):
-            raise ElfError(
-                f"{size} bytes at {address:#x} reach past a section", where=self.placement.image.path
-            )
-        return bytes(data[offset : offset + size])
-
-    def write(self, address: int, new: bytes) -> None:
-        """Store bytes, all of one section: text_poke_early()."""
-        data, offset = self.section_at(address)
-        if offset + len(new) > len(data):
-            raise ElfError(
-                f"{len(new)} bytes at {address:#x} reach past a section", where=self.placement.image.path
-            )
-        data[offset : offset + len(new)] = new
-
-
 def place_linked(
     linked: LinkedImage,
     layouts: Layouts,
     entry_code: Sequence[EntryCode],
     exports: Sequence[str],
-    apply: Callable[[ImageText, LinkedImage], None] = lambda text, linked: None,
+    apply: Callable[[Placement], None] = lambda placement: None,
 ) -> Vmlinux:
     """Lay out a linked image; `exports` get a stub each, which takes the place of the body where it has one.
 
@@ -143,8 +94,8 @@ def place_linked(
     before ftrace looks at it.
     """
     placement = _sections(linked)
-    text = ImageText(placement)
-    apply(text, linked)
+    apply(placement)
+    text = text_of(placement, None)
     start = -(-linked.address_of("_end") // STUB_DISTANCE) * STUB_DISTANCE
     code = Code()
     fixups: dict[int, str] = {}
@@ -224,12 +175,19 @@ def _mark_readonly(placement: Placement, linked: LinkedImage) -> None:
             placement.groups.append(Group(access, first, end - first))
 
 
-def _convert_sites(text: ImageText, linked: LinkedImage) -> list[int]:
+def _convert_sites(text: TextImage, linked: LinkedImage) -> list[int]:
     """Turn the `call __fentry__` of every mcount record into a NOP, after checking all of them."""
     first, last = linked.address_of("__start_mcount_loc"), linked.address_of("__stop_mcount_loc")
-    table = sorted(memoryview(text.read(first, last - first)).cast("Q"))
     fentry = linked.address_of("__fentry__")
-    places = list(text.places(table, INSN_SIZE))
+    try:
+        table = sorted(memoryview(text.read(first, last - first)).cast("Q"))
+        places = [text.place(ip, INSN_SIZE) for ip in table]
+    except MemoryFault as fault:
+        raise ElfError(
+            f"no section holds {fault.address:#x}, which should be an fentry site or the table of them",
+            where=linked.image.path,
+            advice=OTHER_BUILD,
+        ) from fault
     bad = [
         (ip, bytes(data[offset : offset + INSN_SIZE]))
         for ip, (data, offset) in zip(table, places, strict=True)
@@ -240,8 +198,8 @@ def _convert_sites(text: ImageText, linked: LinkedImage) -> list[int]:
         raise ElfError(
             f"{len(bad)} of {len(table)} fentry sites do not hold the call of __fentry__; "
             f"the first, at {ip:#x}, holds {found.hex(' ')}",
-            where=text.placement.image.path,
-            advice="the symbols given belong to another build of the kernel, or the image was changed",
+            where=linked.image.path,
+            advice=OTHER_BUILD,
         )
     for data, offset in places:
         data[offset : offset + INSN_SIZE] = NOP5
