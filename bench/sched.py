@@ -160,7 +160,7 @@ def _walk_in_stock_module(stock: stock_kernel.StockKernel) -> Callable[[], Stack
     room = machine.slab.kzalloc(4096, "bench: arguments")
     call = f"{ORC_FUNCTION}({room}, {room + 64}, {room + 128})"
     task = kernel.tasks.spawn("computes", [call], kthread=True)
-    deepest, memory, depth = task.cpu.registers(), b"", 0
+    deepest, memory, depth = task.cpu.registers(), machine.space.arena.checkpoint(), 0
     for _ in range(ORC_INSTRUCTIONS):
         machine.hub.advance(task, 1)
         registers = task.cpu.registers()

@@ -6,9 +6,9 @@ are read when first asked for.  Source of the rules: System V gABI, chapter 4, a
 
 import os
 import stat
-from functools import cached_property
+from functools import cached_property, lru_cache
 from struct import Struct
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from elf.errors import ElfError
 from elf.section import (
@@ -33,6 +33,10 @@ ET_DYN: Final = 3
 EM_X86_64: Final = 62
 
 _HEADER: Final = Struct("<4sBBBxxxxxxxxxHHIQQQIHHHHHH")
+
+
+# Files up to this many bytes are parsed once, however often they are opened: modules that come and go.
+_REMEMBERED: Final = 1 << 20
 
 
 def file_bytes(path: str | os.PathLike[str], advice: str) -> tuple[bytes, str]:
@@ -73,7 +77,10 @@ class Image:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         """Read and parse the regular file `path`; `ElfError` if it cannot be read or is no such file."""
-        return cls(*file_bytes(path, "give the path of an ELF file"))
+        data, name = file_bytes(path, "give the path of an ELF file")
+        if cls is Image and len(data) <= _REMEMBERED:
+            return cast(Self, _parsed(data, name))
+        return cls(data, name)
 
     @classmethod
     def parse(cls, data: bytes, path: str = "<bytes>") -> Self:
@@ -212,3 +219,9 @@ class Image:
                 f"{count} section headers at {shoff:#x}; the file ends at {len(data):#x}", where=where
             )
         return type_, entry, shoff, count, first[6] if shstrndx == SHN_XINDEX else shstrndx
+
+
+@lru_cache(maxsize=32)
+def _parsed(data: bytes, path: str) -> Image:
+    """The image of these bytes; nobody changes one."""
+    return Image(data, path)

@@ -40,6 +40,9 @@ _IDS = (ctypes.c_int * len(REGISTERS))(*(getattr(x86, f"UC_X86_REG_{name.upper()
 XMM_COUNT = 16
 _XMM_IDS = (ctypes.c_int * XMM_COUNT)(*(x86.UC_X86_REG_XMM0 + index for index in range(XMM_COUNT)))
 _VALUES = struct.Struct(f"<{len(REGISTERS)}Q")
+# uc_ctl()'s requests, as the macros of unicorn.h make them: what, how many arguments, and that it is a write.
+_REMOVE_CACHE = unicorn.UC_CTL_TB_REMOVE_CACHE | 2 << 26 | unicorn.UC_CTL_IO_WRITE << 30
+_FLUSH_TLB = unicorn.UC_CTL_TLB_FLUSH | unicorn.UC_CTL_IO_WRITE << 30
 _INDEX = {name: index for index, name in enumerate(REGISTERS)}
 
 MSR_EFER = 0xC000_0080
@@ -76,7 +79,12 @@ class Stop(NamedTuple):
 
 
 class VCpu:
-    """One vCPU: `number` is the kernel's, `gs_base` the virtual address of its per-CPU area."""
+    """One vCPU: `number` is the kernel's, `gs_base` the virtual address of its per-CPU area.
+
+    With `trace`, `executed` are the addresses of the instructions it has executed, and `accesses`, if it is
+    not None, what these have loaded and stored: whether it was a store, the physical address, and what was
+    there before.
+    """
 
     def __init__(self, space: AddressSpace, number: int, gs_base: int, *, trace: bool = False) -> None:
         self.number = number
@@ -103,8 +111,11 @@ class VCpu:
         uc.ctl_set_tcg_buffer_size(TRANSLATION_BUFFER)
         uc.mem_map_ptr(0, space.arena.size, unicorn.UC_PROT_ALL, space.arena.host_address)
         uc.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
+        self.accesses: list[tuple[bool, int, bytes]] | None = None
+        self._memory = space.arena.bytes
         if trace:
             uc.hook_add(unicorn.UC_HOOK_CODE, self._on_instruction)
+            uc.hook_add(unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE, self._on_access)
         uc.reg_write(x86.UC_X86_REG_CR3, space.new_root())
         uc.reg_write(x86.UC_X86_REG_CR4, CR4_PAE_OSFXSR_OSXMMEXCPT)
         uc.msr_write(MSR_EFER, EFER_LME_LMA_NXE)
@@ -230,11 +241,13 @@ class VCpu:
 
     def drop_translations(self, start: int, end: int) -> None:
         """Forget translated code of virtual [start, end): Unicorn does not notice our writes itself."""
-        self._uc.ctl_remove_cache(start, end)
+        status = uclib.uc_ctl(self._uc._uch, _REMOVE_CACHE, ctypes.c_uint64(start), ctypes.c_uint64(end))
+        if status != unicorn.UC_ERR_OK:
+            raise KlpemuError(f"Unicorn keeps its translations: error {status}", where=f"{start:#018x}")
 
     def flush_tlb(self) -> None:
         """Forget all address translations, after page table entries have changed."""
-        self._uc.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
+        uclib.uc_ctl(self._uc._uch, _FLUSH_TLB)
 
     def _one_register(self, identifier: int) -> int:
         uclib.uc_reg_read(self._uc._uch, identifier, self._value_at)
@@ -250,6 +263,12 @@ class VCpu:
     def _on_interrupt(self, uc: Any, vector: int, _data: Any) -> None:
         self._interrupt = (vector, uc.reg_read(x86.UC_X86_REG_CR2))
         uc.emu_stop()
+
+    def _on_access(self, _uc: Any, kind: int, address: int, size: int, _value: int, _data: Any) -> None:
+        if self.accesses is not None:
+            self.accesses.append(
+                (kind == unicorn.UC_MEM_WRITE, address, self._memory[address : address + size])
+            )
 
     def _on_instruction(self, uc: Any, address: int, _size: int, _data: Any) -> None:
         if address == self.stop_at:

@@ -13,6 +13,7 @@ behind each instruction of the old text but the last.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from emu.assembly import disassemble
@@ -74,11 +75,16 @@ class TextFetches:
 
 def entry_points(text: bytes) -> list[int]:
     """Offsets at which an instruction of `text` begins: a CPU may be about to fetch there."""
+    return list(_entry_points(text))
+
+
+@lru_cache(maxsize=1024)  # the same few sites are changed again and again
+def _entry_points(text: bytes) -> tuple[int, ...]:
     starts, end = [], 0
     for each in disassemble(text, 0):
         starts.append(each.address)
         end = each.address + len(each.code)
-    return starts if end == len(text) else [0]
+    return tuple(starts) if end == len(text) else (0,)
 
 
 def check_change(
@@ -90,7 +96,8 @@ def check_change(
     """
     fetches, now, wrong = TextFetches(), bytearray(old), list[Fetch]()
     seen: set[tuple[int, bytes]] = set()
-    new_entries = entry_points(new)
+    new_entries = _entry_points(new)
+    starts = _entry_points(old) if entries is None else entries
     for moment, store in enumerate(stores, 1):
         if store is None:
             fetches.sync()
@@ -98,7 +105,7 @@ def check_change(
             end = store.offset + len(store.data)
             fetches.store(store.offset, bytes(now[store.offset : end]), store.data)
             now[store.offset : end] = store.data
-        for offset in entry_points(old) if entries is None else entries:
+        for offset in starts:
             whole = (old[offset:], new[offset:]) if offset in new_entries else (old[offset:],)
             for data in fetches.possible(offset, bytes(now[offset:])):
                 if data[0] == INT3 or data in whole or (offset, data) in seen:

@@ -9,12 +9,14 @@ the host's stack.
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import greenlet
 
 from elf.errors import KlpemuError
 from emu.cpu import Stop, StopKind
+from emu.schedules import RunToCompletion, Schedule
 from emu.task import Activity, GuestCall, Program, Service, Task
 from emu.timer import HZ
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from emu.sched import Scheduler
     from emu.timer import Timers
 
-__all__ = ["Door", "Hub", "RunToCompletion", "Schedule", "Traps"]
+__all__ = ["Hub", "RunToCompletion", "Schedule", "Traps"]
 
 # A guest entry that takes longer than this does not end: at 100 million instructions a second that is half a
 # second.
@@ -37,34 +39,16 @@ PATIENCE = 3600 * HZ
 Begun = TypeVar("Begun", bound=Activity)
 
 
-class Door:
-    """What a service asks of the hub when it switches there."""
+@dataclass(slots=True)
+class _Round:
+    """What one call of `run` goes by; `taken` is what a service has learned at its door that ends its turn:
+    who goes on, and for how many instructions, or what was raised when that was to be decided.
+    """
 
-    __slots__ = ("activity", "address", "kind")
-
-    def __init__(self, kind: str, address: int = 0, activity: Activity | None = None) -> None:
-        self.kind = kind
-        self.address = address
-        self.activity = activity
-
-
-class Schedule(Protocol):
-    """Decides which task goes on, and for how many instructions if it is in the guest."""
-
-    interleaves: bool  # if not, services need not stop at the doors where nobody else could go on
-
-    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
-        """One of the runnable `tasks` (never empty), and how many instructions it gets (None: all)."""
-        ...
-
-
-class RunToCompletion:
-    """The schedule without surprises: whatever was started last runs until it is done or waits."""
-
-    interleaves = False
-
-    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
-        return (finishing if finishing in tasks else tasks[0]), None
+    until: Callable[[], bool]
+    finishing: Task
+    deadline: int | None
+    taken: tuple[Task, int | None] | BaseException | None = None
 
 
 class Traps(Protocol):
@@ -132,6 +116,7 @@ class Hub:
         self._running: Service | None = None
         self._current: Task | None = None
         self._failures: deque[BaseException] = deque()
+        self._round: _Round | None = None
 
     @property
     def current(self) -> Task:
@@ -190,27 +175,47 @@ class Hub:
         went wrong in a task that nobody waits for.
         """
         self._greenlet = greenlet.getcurrent()
-        sched, timers = self.sched, self.timers
-        while not until():
-            if deadline is not None and timers.now >= deadline:
-                return
-            tasks = sched.candidates()
-            if tasks:
-                picked, instructions = self.schedule.pick(tasks, finishing)
-                try:
-                    self.advance(picked, instructions)
-                except BaseException:
-                    self.abandon(picked)
-                    raise
-                if self._failures and not finishing.activities:
-                    self._raise_failure()
-                continue
-            expiry = timers.next_expiry
-            if expiry is None and deadline is None:
-                self._raise_failure()
-                raise self.stuck(f"deadlock: {self._blocked()}")
-            ends = [each for each in (expiry, deadline) if each is not None]
-            timers.advance_to(min(ends))
+        outer, this = self._round, _Round(until, finishing, deadline)
+        # Whoever replaces `advance` sees each step.
+        self._round = None if "advance" in self.__dict__ else this
+        try:
+            while (taken := this.taken) is not None or not until():
+                this.taken = None
+                if isinstance(taken, BaseException):
+                    raise taken
+                if not self._go_on(this, taken):
+                    return
+        finally:
+            self._round = outer
+
+    def _go_on(self, this: _Round, taken: tuple[Task, int | None] | None) -> bool:
+        """One step of the task that was `taken`, or that the schedule picks; False at the deadline."""
+        timers = self.timers
+        if taken is None:
+            if this.deadline is not None and timers.now >= this.deadline:
+                return False
+            tasks = self.sched.candidates()
+            if not tasks:
+                self._let_time_pass(this.deadline)
+                return True
+            taken = self.schedule.pick(tasks, this.finishing)
+        task, instructions = taken
+        try:
+            self.advance(task, instructions)
+        except BaseException:
+            self.abandon(task)
+            raise
+        if self._failures and not this.finishing.activities:
+            self._raise_failure()
+        return True
+
+    def _let_time_pass(self, deadline: int | None) -> None:
+        """All vCPUs are idle."""
+        expiry = self.timers.next_expiry
+        if expiry is None and deadline is None:
+            self._raise_failure()
+            raise self.stuck(f"deadlock: {self._blocked()}")
+        self.timers.advance_to(min(each for each in (expiry, deadline) if each is not None))
 
     def advance(self, task: Task, instructions: int | None = None) -> None:
         """One step of one task: a service up to its next door, or guest code for some instructions."""
@@ -254,8 +259,32 @@ class Hub:
 
     def door(self, kind: str, address: int = 0) -> None:
         """Somebody else may go on here, if the schedule wants that; outside of services this does nothing."""
-        if self._running is not None and self.schedule.interleaves:
-            self._greenlet.switch(Door(kind, address))
+        if self._running is not None and self.schedule.interleaves and not self._keeps_its_turn():
+            self._greenlet.switch()
+
+    def _keeps_its_turn(self) -> bool:
+        """Decide at a door what the hub would decide behind it; if the same service goes on, there is no need
+        to switch there and back.
+        """
+        this, service, task = self._round, self._running, self._current
+        if this is None or self._failures:
+            return False
+        self._running = self._current = None  # nobody runs while that is decided
+        try:
+            if this.until() or (this.deadline is not None and self.timers.now >= this.deadline):
+                return False
+            tasks = self.sched.candidates()
+            if not tasks:
+                return False
+            taken = self.schedule.pick(tasks, this.finishing)
+        except BaseException as error:
+            this.taken = error
+            return False
+        if taken[0] is task and task.running:
+            self._running, self._current = service, task
+            return True
+        this.taken = taken
+        return False
 
     def wait(self, holds: Callable[[], bool], what: str, *, spins: bool = False) -> None:
         """Wait until a predicate holds, asleep or spinning on the vCPU; outside of services this does
@@ -269,21 +298,22 @@ class Hub:
         while True:
             if not spins:
                 self.sched.sleep_until(task, what)
-            self._greenlet.switch(Door("wait"))
+            self._greenlet.switch()
             if holds():
                 break
         service.waiting, service.spins = None, False
 
     def leave(self, kind: str) -> None:
         """The current task has given its vCPU up; this returns when it has it again."""
-        self._greenlet.switch(Door(kind))
+        self._greenlet.switch()
 
     def call_guest(self, entry: int, *arguments: int) -> int:
         """Call guest code on the current task's own stack; returns RAX."""
         if self._running is None:
             raise KlpemuError("only a service can call up into guest code")
         task = self.current
-        return int(self._greenlet.switch(Door("call", entry, self.call(task, entry, arguments))))
+        self.call(task, entry, arguments)
+        return int(self._greenlet.switch())
 
     # Steps.
 

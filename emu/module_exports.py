@@ -104,8 +104,6 @@ class Exports:
         self._objects = objects
         # What to do with a symbol that exists nowhere; the bench binds it to a stub that fails when called.
         self.missing: Callable[[Symbol, str], int] = _refuse_missing
-        # By name, if the image has tables; filled once.
-        self._vmlinux: dict[str, KernelSymbol] | None = None
 
     def find_symbol(self, name: str, *, gplok: bool) -> KernelSymbol | None:
         """The symbol, from vmlinux first, then from the modules; None for what is not for the caller."""
@@ -192,22 +190,25 @@ class Exports:
     def _of_vmlinux(self, name: str) -> KernelSymbol | None:
         machine = self._machine
         symbols = machine.vmlinux.symbols
-        if self._vmlinux is None:
-            self._vmlinux = {}
-            for suffix, gpl_only in (("_gpl", True), ("", False)):
-                start, stop = (
-                    symbols.get(f"__start___ksymtab{suffix}"),
-                    symbols.get(f"__stop___ksymtab{suffix}"),
-                )
-                if start is not None and stop is not None:
-                    count = (stop - start) // KERNEL_SYMBOL_SIZE
-                    crcs = symbols.get(f"__start___kcrctab{suffix}")
-                    table = kernel_symbols_at(machine.space, start, count, "", gpl_only=gpl_only, crcs=crcs)
-                    self._vmlinux |= {each.name: each for each in table}
-        if self._vmlinux:
-            return self._vmlinux.get(name)
+        if machine.vmlinux.exported is None:
+            machine.vmlinux.exported = dict(self._tables_of_vmlinux())
+        if machine.vmlinux.exported:
+            found: KernelSymbol | None = machine.vmlinux.exported.get(name)
+            return found
         address = symbols.get(name)
         return None if address is None else KernelSymbol(name, int(address), "", name in GPL_ONLY)
+
+    def _tables_of_vmlinux(self) -> Iterator[tuple[str, KernelSymbol]]:
+        """What a linked image exports, by name: of one that is in both tables, the plain one comes last."""
+        symbols = self._machine.vmlinux.symbols
+        for suffix, gpl_only in (("_gpl", True), ("", False)):
+            start, stop = symbols.get(f"__start___ksymtab{suffix}"), symbols.get(f"__stop___ksymtab{suffix}")
+            if start is not None and stop is not None:
+                count = (stop - start) // KERNEL_SYMBOL_SIZE
+                crcs = symbols.get(f"__start___kcrctab{suffix}")
+                memory = self._machine.space
+                for each in kernel_symbols_at(memory, start, count, "", gpl_only=gpl_only, crcs=crcs):
+                    yield each.name, each
 
 
 def _refuse_missing(symbol: Symbol, name: str) -> int:

@@ -7,7 +7,7 @@ access: it keeps one dictionary from page to frame, filled where the entries are
 
 import enum
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from elf.errors import KlpemuError
@@ -18,18 +18,21 @@ __all__ = ["Access", "AddressSpace", "Translator"]
 
 PRESENT = 1 << 0
 WRITABLE = 1 << 1
+# Set from the start, so that executing changes no page table (SDM Vol. 3A, 4.8).
+ACCESSED_DIRTY = 1 << 5 | 1 << 6
 NO_EXECUTE = 1 << 63
 FRAME_MASK = 0x000F_FFFF_FFFF_F000
 ENTRIES = 512
+_OFFSET = PAGE_SIZE - 1  # the bits of an address within its page
 MANY_PAGES = 64  # from here on frames come in one piece: what is free lies scattered
 
 
 class Access(enum.Enum):
     """What a page's entry allows, as page table bits."""
 
-    READ = PRESENT | NO_EXECUTE
-    WRITE = PRESENT | WRITABLE | NO_EXECUTE
-    EXECUTE = PRESENT
+    READ = PRESENT | ACCESSED_DIRTY | NO_EXECUTE
+    WRITE = PRESENT | ACCESSED_DIRTY | WRITABLE | NO_EXECUTE
+    EXECUTE = PRESENT | ACCESSED_DIRTY
 
 
 class Translator(Protocol):
@@ -53,6 +56,7 @@ class AddressSpace:
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena
+        self._bytes = arena.bytes
         self.translators: list[Translator] = []
         self._frames: dict[int, int] = {}
         self._access: dict[int, Access] = {}
@@ -61,7 +65,7 @@ class AddressSpace:
         self._roots: list[int] = []
         # The kernel half is shared by all roots: its second level exists before the first root is made.
         for address in (0xFFFF_8880_0000_0000, 0xFFFF_C900_0000_0000, 0xFFFF_FFFF_8000_0000):
-            self._top[address >> 39 & 511] = arena.writable_frames(1) | PRESENT | WRITABLE
+            self._top[address >> 39 & 511] = arena.writable_frames(1) | PRESENT | WRITABLE | ACCESSED_DIRTY
 
     def new_root(self) -> int:
         """Physical address of a new top-level table (what CR3 holds) that shares the kernel half."""
@@ -143,6 +147,19 @@ class AddressSpace:
         """The executable pages: number of the page, and physical address of its frame."""
         return ((page, self._frames[page]) for page in self._executable)
 
+    def frames_of(self, pages: Iterable[int]) -> tuple[int | None, ...]:
+        """Physical address of the frame of each page, given by its number; None where nothing is mapped."""
+        return tuple(map(self._frames.get, pages))
+
+    def pages_of(self, frames: Collection[int]) -> dict[int, list[int]]:
+        """By number of the frame, the numbers of the pages that are mapped to it; of these frames only."""
+        wanted = {frame * PAGE_SIZE for frame in frames}
+        found: dict[int, list[int]] = {}
+        for page, at in self._frames.items():
+            if at in wanted:
+                found.setdefault(at // PAGE_SIZE, []).append(page)
+        return found
+
     def access(self, address: int) -> Access | None:
         """What the page holding `address` allows; None where nothing is mapped."""
         return self._access.get(address >> 12)
@@ -154,12 +171,13 @@ class AddressSpace:
 
     def read(self, address: int, size: int) -> bytes:
         """Read guest memory; see `Memory`."""
-        offset = address & (PAGE_SIZE - 1)
+        offset = address & _OFFSET
         if offset + size <= PAGE_SIZE:
-            frame = self._frames.get(address >> 12)
-            if frame is None:
-                raise MemoryFault(address, size, "a read")
-            return self.arena.bytes[frame + offset : frame + offset + size]
+            try:
+                at = self._frames[address >> 12] + offset
+            except KeyError:
+                raise MemoryFault(address, size, "a read") from None
+            return self._bytes[at : at + size]
         return b"".join(
             self.arena.bytes[start : start + length]
             for start, length in self._extents(address, size, "a read")
@@ -174,14 +192,40 @@ class AddressSpace:
 
     def write(self, address: int, data: bytes) -> None:
         """Write guest memory; see `WritableMemory`."""
-        if not data:
+        size = len(data)
+        offset = address & _OFFSET
+        if 0 < size <= PAGE_SIZE - offset:
+            page = address >> 12
+            try:
+                at = self._frames[page] + offset
+            except KeyError:
+                raise MemoryFault(address, size, "a write") from None
+            self._bytes[at : at + size] = data
+            if page in self._executable:
+                self.drop_translations(address, size)
             return
-        extents = list(self._extents(address, len(data), "a write"))
+        if not size:
+            return
+        extents = list(self._extents(address, size, "a write"))
         done = 0
         for start, length in extents:
-            self.arena.bytes[start : start + length] = data[done : done + length]
+            self._bytes[start : start + length] = data[done : done + length]
             done += length
-        self.drop_translations(address, len(data))
+        self.drop_translations(address, size)
+
+    def exchange(self, address: int, data: bytes) -> bytes:
+        """Write guest memory; returns what was there before."""
+        size = len(data)
+        offset = address & _OFFSET
+        page = address >> 12
+        if offset + size <= PAGE_SIZE and page in self._frames and page not in self._executable:
+            at = self._frames[page] + offset
+            before = self._bytes[at : at + size]
+            self._bytes[at : at + size] = data
+            return before
+        before = self.read(address, size)
+        self.write(address, data)
+        return before
 
     def snapshot(self) -> Snapshot:
         """A copy of every mapped page."""
@@ -216,7 +260,7 @@ class AddressSpace:
             slot = table + 8 * (page >> shift & 511)
             (below,) = struct.unpack_from("<Q", self.arena.bytes, slot)
             if not below & PRESENT:
-                below = self.arena.writable_frames(1) | PRESENT | WRITABLE
+                below = self.arena.writable_frames(1) | PRESENT | WRITABLE | ACCESSED_DIRTY
                 struct.pack_into("<Q", self.arena.bytes, slot, below)
             table = below & FRAME_MASK
         struct.pack_into("<Q", self.arena.bytes, table + 8 * (page & 511), entry)

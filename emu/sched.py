@@ -108,10 +108,16 @@ class Scheduler:
             if not curr.running:
                 if not rq.queue and curr is not rq.idle:
                     self._context_switch(rq, rq.idle)
-                found += [rq.idle] if rq.idle.activities else rq.queue
+                if rq.idle.activities:
+                    found.append(rq.idle)
+                elif rq.queue:
+                    found += rq.queue
                 continue
-            top = curr.top
-            if isinstance(top, Service) and top.spins and not curr.runnable:
+            activities = curr.activities
+            top = activities[-1] if activities else None
+            if isinstance(top, Service):
+                if not top.spins or curr.runnable:
+                    found.append(curr)
                 continue
             found.append(curr)
             if rq.queue and self.preemptible(curr):

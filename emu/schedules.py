@@ -7,14 +7,34 @@ schedule.
 import bisect
 import random
 from collections.abc import Sequence
+from typing import Protocol
 
 from elf.errors import KlpemuError
 from emu.task import Task
 from emu.timer import JIFFY_INSTRUCTIONS
 
-__all__ = ["Directed", "Explicit", "RoundRobin", "Seeded"]
+__all__ = ["Directed", "Explicit", "RoundRobin", "RunToCompletion", "Schedule", "Seeded"]
 
 MAX_STRIDE = 200  # instructions: a redirected call takes about a third of it
+
+
+class Schedule(Protocol):
+    """Decides which task goes on, and for how many instructions if it is in the guest."""
+
+    interleaves: bool  # if not, services need not stop at the doors where nobody else could go on
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        """One of the runnable `tasks` (never empty), and how many instructions it gets (None: all)."""
+        ...
+
+
+class RunToCompletion:
+    """The schedule without surprises: whatever was started last runs until it is done or waits."""
+
+    interleaves = False
+
+    def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        return (finishing if finishing in tasks else tasks[0]), None
 
 
 class RoundRobin:
@@ -30,6 +50,11 @@ class RoundRobin:
         self._last: dict[int, Task] = {}  # by vCPU
 
     def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        if len(tasks) == 1:
+            picked = tasks[0]
+            self._cpu = number = picked.cpu.number
+            self._last[number] = picked
+            return picked, JIFFY_INSTRUCTIONS
         # They come in order of their vCPUs; of thousands in the queues not each is looked at.
         first = bisect.bisect_right(tasks, self._cpu, key=_number) % len(tasks)
         picked = tasks[first]
@@ -100,6 +125,8 @@ class Directed:
         self._then = RoundRobin()
 
     def pick(self, tasks: Sequence[Task], finishing: Task) -> tuple[Task, int | None]:
+        if self._at == len(self._steps):
+            return self._then.pick(tasks, finishing)
         able = {task.name: task for task in tasks}
         while self._at < len(self._steps):
             name, instructions = self._steps[self._at]

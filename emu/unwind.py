@@ -8,6 +8,7 @@ nothing describes makes the rest of the stack unreliable; the walk never guesses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from elf.eh_frame import CallFrames, read_eh_frame
@@ -36,6 +37,7 @@ CALLED_BY_EXPORT = UnwindRow(FrameBase.BP, 16, -16)
 INTERRUPTED = UnwindRow(FrameBase.SP, 0, None, kind=FrameKind.REGS)
 TABLES = (".orc_unwind_ip", ".orc_unwind", ".eh_frame")
 COLD = re.compile(r"\.cold(\.\d+)?$")  # as gcc names it
+TABLES_KEPT = 64
 PARTIAL = 16 * 8  # a partial pt_regs begins where ip would be: fifteen registers and orig_ax come before
 
 
@@ -226,14 +228,12 @@ class Unwinder:
     def _rows_of_entry(self) -> CallFrames:
         if self._entry_rows is None:
             vmlinux = self._machine.vmlinux
-            rows = frame_rows(vmlinux.entry_code, vmlinux.entry.start, vmlinux.labels.values())
-            for address, name in vmlinux.exits.items():
-                if name != "klpemu_return":
-                    interrupt = name == INTERRUPT_STUB
-                    rows[address + STUB_CALLS] = INTERRUPTED if interrupt else CALLED_BY_EXPORT
-            addresses = sorted(rows)
-            # A return address minus one lies inside the call, which is why this is a table of ranges.
-            self._entry_rows = CallFrames(addresses, [rows[address] for address in addresses])
+            self._entry_rows = _rows_of_entry(
+                vmlinux.entry_code,
+                vmlinux.entry.start,
+                tuple(vmlinux.labels.values()),
+                tuple(vmlinux.exits.items()),
+            )
         return self._entry_rows
 
     def _row_of_trampoline(self, address: int) -> UnwindRow | None:
@@ -264,6 +264,32 @@ def _caller_sp(frame: _Frame, row: UnwindRow, stack: _Stack) -> int | None:
     return None if value is None else value + row.offset
 
 
+# What follows is a function of bytes and of where they lie, and asked for again and again by those who put a
+# machine back to a restore point.
+
+
+@lru_cache(maxsize=4)
+def _rows_of_entry(
+    code: bytes, start: int, labels: tuple[int, ...], exits: tuple[tuple[int, str], ...]
+) -> CallFrames:
+    rows = frame_rows(code, start, labels)
+    for address, name in exits:
+        if name != "klpemu_return":
+            rows[address + STUB_CALLS] = INTERRUPTED if name == INTERRUPT_STUB else CALLED_BY_EXPORT
+    addresses = sorted(rows)
+    # A return address minus one lies inside the call, which is why this is a table of ranges.
+    return CallFrames(addresses, [rows[address] for address in addresses])
+
+
+_orc_of_module = lru_cache(maxsize=TABLES_KEPT)(read_orc)
+_eh_frame_of_module = lru_cache(maxsize=TABLES_KEPT)(read_eh_frame)
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _frame_pointers_of(texts: tuple[tuple[int, bytes], ...], functions: tuple[int, ...]) -> CallFrames:
+    return frame_pointer_rows(dict(texts), functions)
+
+
 def _read_table(loaded: "LoadedObject") -> OrcTable | CallFrames | None:
     """What says how to unwind an object, relocated as it was loaded; None if that is damaged."""
     placement = loaded.placement
@@ -275,9 +301,11 @@ def _read_table(loaded: "LoadedObject") -> OrcTable | CallFrames | None:
     try:
         if ".orc_unwind" in found and ".orc_unwind_ip" in found:
             ips, address = found[".orc_unwind_ip"]
-            return read_orc(ips, found[".orc_unwind"][0], address)
+            # A whole kernel's table is megabytes, and read once.
+            read = read_orc if placement.is_linked else _orc_of_module
+            return read(ips, found[".orc_unwind"][0], address)
         if ".eh_frame" in found:
-            return read_eh_frame(*found[".eh_frame"])
+            return _eh_frame_of_module(*found[".eh_frame"])
     except ElfError:
         return None
     return _read_frame_pointers(loaded)
@@ -286,15 +314,15 @@ def _read_table(loaded: "LoadedObject") -> OrcTable | CallFrames | None:
 def _read_frame_pointers(loaded: "LoadedObject") -> CallFrames:
     """The code of an object without any table.  A function's cold part is jumped to, not called."""
     placement = loaded.placement
-    texts = {
-        placement.addresses[section.index]: bytes(placement.contents[section.index])
+    texts = tuple(
+        (placement.addresses[section.index], bytes(placement.contents[section.index]))
         for section in placement.image.sections
         if section.is_exec and section.index in placement.contents
-    }
-    functions = [
+    )
+    functions = tuple(
         value
         for symbol in placement.image.symbols
         if symbol.is_function and not COLD.search(symbol.name)
         if symbol.is_defined and (value := placement.value(symbol)) is not None
-    ]
-    return frame_pointer_rows(texts, functions)
+    )
+    return _frame_pointers_of(texts, functions)

@@ -70,6 +70,7 @@ class Layouts:
     def __init__(self, layouts: Mapping[str, StructLayout]) -> None:
         self._layouts = layouts
         self._classes: dict[str, type[Struct]] = {}
+        self._offsets: dict[tuple[str, str], int] = {}
 
     def __getitem__(self, name: str) -> StructLayout:
         try:
@@ -86,6 +87,10 @@ class Layouts:
 
     def offsetof(self, name: str, member: str) -> int:
         """Offset of a member in bytes; `a.b` reaches into a nested struct."""
+        try:
+            return self._offsets[name, member]
+        except KeyError:
+            pass
         offset = 0
         layout = self[name]
         for step in member.split("."):
@@ -95,14 +100,22 @@ class Layouts:
             offset += found.offset
             if isinstance(found.type, StructRef):
                 layout = self[found.type.name]
+        self._offsets[name, member] = offset
         return offset
 
     def view(self, name: str, memory: Memory, address: int) -> Any:
         """A `Struct`: the view of the struct `name` at a guest virtual address."""
+        try:
+            return self._classes[name](memory, address)
+        except KeyError:
+            return self.class_of(name)(memory, address)
+
+    def class_of(self, name: str) -> type[Struct]:
+        """The class of the views of the struct `name`."""
         cls = self._classes.get(name)
         if cls is None:
             cls = self._classes[name] = self._make_class(self[name])
-        return cls(memory, address)
+        return cls
 
     def _make_class(self, layout: StructLayout) -> type[Struct]:
         body: dict[str, Any] = {"__slots__": (), "layout_": layout, "layouts_": self}
@@ -160,25 +173,32 @@ _FORMATS = {(1, False): "B", (2, False): "<H", (4, False): "<I", (8, False): "<Q
 def _accessor(member: Member, layouts: Layouts) -> property:
     kind, offset = member.type, member.offset
     if isinstance(kind, Pointer):
-        return _scalar(offset, struct.Struct("<Q"), _as_pointer)
+        return _scalar(offset, struct.Struct("<Q"))
     if isinstance(kind, Integer):
         code = struct.Struct(_FORMATS[kind.size, kind.signed])
-        return _scalar(offset, code, bool if kind.is_bool else int)
+        return _truth(offset, code) if kind.is_bool else _scalar(offset, code)
     if isinstance(kind, StructRef):
         return _nested(offset, kind.name, layouts)
     return _array(offset, kind)
 
 
-def _as_pointer(value: Any) -> int:
-    return cast(int, value)
-
-
-def _scalar(offset: int, code: struct.Struct, convert: Callable[[Any], Any]) -> property:
-    size = code.size
-    unpack, pack = code.unpack, code.pack
+def _scalar(offset: int, code: struct.Struct) -> property:
+    size, unpack = code.size, code.unpack
 
     def get(self: Struct) -> Any:
-        return convert(unpack(self.memory_.read(self.address_ + offset, size))[0])
+        return unpack(self.memory_.read(self.address_ + offset, size))[0]
+
+    return property(get, _store(offset, code))
+
+
+def _truth(offset: int, code: struct.Struct) -> property:
+    return property(
+        lambda self: any(self.memory_.read(self.address_ + offset, code.size)), _store(offset, code)
+    )
+
+
+def _store(offset: int, code: struct.Struct) -> Callable[[Struct, Any], None]:
+    size, pack = code.size, code.pack
 
     def put(self: Struct, value: Any) -> None:
         number = value.address_ if isinstance(value, Struct) else value
@@ -186,14 +206,19 @@ def _scalar(offset: int, code: struct.Struct, convert: Callable[[Any], Any]) -> 
             data = pack(number)
         except struct.error:
             raise KlpemuError(f"{number!r} does not fit a member of {size} bytes", where=repr(self)) from None
-        cast(WritableMemory, self.memory_).write(self.address_ + offset, data)
+        self.memory_.write(self.address_ + offset, data)  # type: ignore[attr-defined]  # or it is read only
 
-    return property(get, put)
+    return put
 
 
 def _nested(offset: int, name: str, layouts: Layouts) -> property:
+    kind: type[Struct] | None = None
+
     def get(self: Struct) -> Any:
-        return layouts.view(name, self.memory_, self.address_ + offset)
+        nonlocal kind
+        if kind is None:  # not before it is asked for: the image need not describe it
+            kind = layouts.class_of(name)
+        return kind(self.memory_, self.address_ + offset)
 
     return property(get)
 

@@ -68,7 +68,8 @@ class Timeline:
     def look(self) -> None:
         """Notice the tasks that have come and gone; not while a service runs."""
         machine = self._machine
-        self._was_forced()
+        if self._stored_by_another is not None:
+            self._was_forced()
         if machine.last_pid == self._last_pid and len(machine.tasks) == len(self._alive):
             return
         self._last_pid = machine.last_pid
@@ -109,11 +110,14 @@ class Timeline:
                 self._stored_by_another = None
                 self._switched(event.address, version, event.note)
             return
-        self._was_forced()
-        if event.kind is EventKind.STORE and event.before != event.after:
+        if self._stored_by_another is not None:
+            self._was_forced()
+        if event.kind is EventKind.STORE:
             struct = event.address - self._patch_state
             task = self._machine.by_struct.get(struct)
-            if task is not None and (task.idle or task in self._alive):  # a child is not there yet
+            if task is None or event.before == event.after:
+                return
+            if task.idle or task in self._alive:  # a child is not there yet
                 self._patch_state_stored(struct, *map(_state, (event.before, event.after)))
 
     def _patch_state_stored(self, struct: int, before: int, after: int) -> None:
