@@ -10,6 +10,7 @@ import mmap
 
 from elf.errors import KlpemuError
 from emu.memory import PAGE_SIZE
+from emu.written_pages import Contents, WrittenPages
 
 __all__ = ["Arena"]
 
@@ -34,6 +35,7 @@ class Arena:
         self.image_data: list[range] = []
         self._free: list[int] = []
         self._free_images: list[int] = []
+        self._written: WrittenPages | None = None
 
     def writable_frames(self, count: int) -> int:
         """Physical address of `count` contiguous zeroed frames from the writable pool."""
@@ -70,13 +72,26 @@ class Arena:
         """Physical addresses that were handed out: the writable pool, and that of text and read-only data."""
         return range(PAGE_SIZE, self._writable_end), range(self._image_start, self.size)
 
-    def checkpoint(self) -> bytes:
-        """A copy of everything the guest can write."""
+    @property
+    def written(self) -> WrittenPages:
+        """The pages that were written since this was first asked for."""
+        if self._written is None:
+            self._written = WrittenPages(self.bytes, self.host_address, self.in_use())
+        return self._written
+
+    def checkpoint(self) -> bytes | Contents:
+        """A copy of everything the guest can write, or of what of it was written since a base."""
+        if self._written is not None:
+            return self._written.take(self.in_use())
         kept = [self.bytes[: self._writable_end], *(self.bytes[at.start : at.stop] for at in self.image_data)]
         return b"".join(kept) if len(kept) > 1 else kept[0]
 
-    def restore(self, checkpoint: bytes) -> None:
+    def restore(self, checkpoint: bytes | Contents) -> None:
         """Make the writable memory what it was at the checkpoint; no frame may have been handed out since."""
+        if isinstance(checkpoint, Contents):
+            assert self._written is not None
+            self._written.put(checkpoint, self._written.written(self.in_use()))
+            return
         end = len(checkpoint)
         for at in reversed(self.image_data):
             self.bytes[at.start : at.stop] = checkpoint[end - len(at) : end]

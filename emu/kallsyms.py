@@ -5,7 +5,10 @@ same object or to the end of the section it lies in (`find_kallsyms_symbol()` of
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import count
+from types import MappingProxyType
 from typing import NamedTuple
 
 from elf.symbols import select
@@ -23,6 +26,26 @@ class Ksym(NamedTuple):
     is_function: bool = True
 
 
+class SymbolTable(NamedTuple):
+    """The symbols of one object, in sympos order, by name, and by address; nobody changes it."""
+
+    symbols: tuple[Ksym, ...]
+    by_name: Mapping[str, Sequence[Ksym]]
+    addresses: tuple[int, ...]
+    by_address: tuple[Ksym, ...]
+
+
+def _table_of(symbols: Iterable[Ksym]) -> SymbolTable:
+    table = tuple(symbols)
+    by_name: dict[str, list[Ksym]] = {}
+    for symbol in table:
+        by_name.setdefault(symbol.name, []).append(symbol)
+    by_address = tuple(sorted(table, key=lambda symbol: symbol.address))
+    return SymbolTable(
+        table, MappingProxyType(by_name), tuple(symbol.address for symbol in by_address), by_address
+    )
+
+
 class Kallsyms:
     """Lookups by name and by address.
 
@@ -31,29 +54,27 @@ class Kallsyms:
     """
 
     def __init__(self) -> None:
-        self._objects: dict[str, list[Ksym]] = {}
-        self._by_name: dict[tuple[str, str], list[Ksym]] = {}
-        self._sorted: dict[str, tuple[list[int], list[Ksym]]] = {}
+        self._objects: dict[str, SymbolTable] = {}
         self._spans: list[tuple[int, int, str]] = []
         self._trampolines: dict[int, int] = {}
+        self._numbers: dict[str, int] = {}
         self._trampoline_starts: list[int] = []
 
     def add(self, module: str, symbols: Iterable[Ksym], spans: Iterable[tuple[int, int]]) -> None:
         """Add an object's symbols, in sympos order, and the address spans [start, end) that belong to it."""
-        table = list(symbols)
-        self._objects[module] = table
-        for symbol in table:
-            self._by_name.setdefault((module, symbol.name), []).append(symbol)
-        by_address = sorted(table, key=lambda symbol: symbol.address)
-        self._sorted[module] = ([symbol.address for symbol in by_address], by_address)
-        for start, end in spans:
+        self._objects[module] = _table_of(symbols)
+        pages = tuple(spans)
+        for start, end in pages:
             bisect.insort(self._spans, (start, end, module))
+        self._numbers[module] = _number_of(module, self._objects[module].symbols, pages)
+
+    def contents(self) -> Hashable:
+        """All that lookups depend on, in a form that is compared at once: equal tables have one number."""
+        return tuple(self._numbers.items()), tuple(self._trampolines.items())
 
     def remove(self, module: str) -> None:
         """Forget an object."""
-        for symbol in self._objects.pop(module):
-            self._by_name.pop((module, symbol.name), None)
-        del self._sorted[module]
+        del self._objects[module], self._numbers[module]
         self._spans = [span for span in self._spans if span[2] != module]
 
     def add_trampoline(self, address: int, size: int) -> None:
@@ -80,11 +101,12 @@ class Kallsyms:
 
     def symbols(self, module: str = "") -> Sequence[Ksym]:
         """All symbols of one object, in sympos order."""
-        return self._objects[module]
+        return self._objects[module].symbols
 
-    def named(self, name: str, module: str = "") -> list[Ksym]:
+    def named(self, name: str, module: str = "") -> Sequence[Ksym]:
         """All symbols of that name in one object, in sympos order."""
-        return self._by_name.get((module, name), [])
+        table = self._objects.get(module)
+        return () if table is None else table.by_name.get(name, ())
 
     def address_of(self, name: str, module: str = "", sympos: int = 0) -> int:
         """Address of a symbol; raises SymbolError with the kernel's message if it is missing or ambiguous."""
@@ -95,7 +117,7 @@ class Kallsyms:
         module = self.module_of(address)
         if module is None:
             return self._trampoline_at(address)
-        addresses, table = self._sorted[module]
+        _, _, addresses, table = self._objects[module]
         last = bisect.bisect_right(addresses, address) - 1
         best = None
         while last >= 0 and (best is None or addresses[last] == best.address):
@@ -129,3 +151,12 @@ class Kallsyms:
         if address >= start + size:
             return None
         return Ksym("ftrace_trampoline", start, size, "__builtin__ftrace")
+
+
+_NUMBERS = count()
+
+
+@lru_cache(maxsize=1 << 12)
+def _number_of(module: str, table: tuple[Ksym, ...], spans: tuple[tuple[int, int], ...]) -> int:
+    """A number of their own for the symbols of an object where it lies: they come again and again."""
+    return next(_NUMBERS)

@@ -5,9 +5,10 @@ function that has not returned: it is known by the stack pointer at its first in
 soon as a block begins with the stack pointer above.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from emu.task import GuestCall, Task
@@ -38,26 +39,28 @@ class Observer:
     def __init__(self, machine: "Machine", executed: Callable[[Task, int], None]) -> None:
         self._machine = machine
         self._executed = executed
-        self._sites: dict[int, int] = {}  # function to site
-        self._behind: dict[int, int] = {}  # behind a site to function
-        self._watched: set[int] = set()
+        # By address, the function and its site, which decides whether the body begins here, or 0.
+        self._watched: dict[int, tuple[int, int]] = {}
+        self._settled: Mapping[int, tuple[int, int]] = {}
         for cpu in machine.cpus:
             cpu.observe(partial(self._on_block, cpu.number))
 
     def watch(self, function: int, site: int | None) -> None:
         """Watch a function; `site` is its fentry site, if calls of it can be redirected there."""
-        if site is None:
-            self._watched.add(function)
-        else:
-            self._sites[function] = site
-            self._behind[site + 5] = function
+        self._watched[function] = function, site or 0
+        if site is not None:
+            self._watched[site + 5] = function, 0
+
+    def settle(self) -> None:
+        """What is watched now stays so: the kernel's own functions, which are many, never go."""
+        self._settled = MappingProxyType({**self._settled, **self._watched})
+        self._watched = {}
 
     def forget(self, start: int, end: int) -> None:
         """The code in [start, end) is gone."""
-        for function, site in list(self._sites.items()):
+        for address, (function, _) in list(self._watched.items()):
             if start <= function < end:
-                del self._sites[function], self._behind[site + 5]
-        self._watched = {each for each in self._watched if not start <= each < end}
+                del self._watched[address]
 
     def activations(self, task: Task) -> list[Activation]:
         """The calls of watched functions that have not returned, outermost first."""
@@ -70,14 +73,9 @@ class Observer:
         function: int | None = None
         assert isinstance(task.top, GuestCall)
         live = task.top.activations
-        if address in self._sites:
-            first = self._machine.space.read(self._sites[address], 1)[0]
-            if first not in (CALL, INT3):
-                function = address
-        elif address in self._watched:
-            function = address
-        else:
-            function = self._behind.get(address)
+        found = self._settled.get(address) or self._watched.get(address)
+        if found is not None and not (found[1] and self._machine.space.read(found[1], 1)[0] in (CALL, INT3)):
+            function = found[0]
         if function is None and not live:
             return
         rsp = rq.cpu.stack_pointer()

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from functools import partial
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 from weakref import finalize
 
@@ -23,11 +24,16 @@ import greenlet
 from elf.errors import KlpemuError
 from elf.image import Image
 from elf.layout import StructLayout
+from elf.unwind_row import UnwindRow
 from emu.events import Event
-from emu.kallsyms import Ksym
+from emu.kallsyms import Ksym, SymbolTable
 from emu.memory import PAGE_SIZE
+from emu.module import LoadedObject
+from emu.placement import Placement
+from emu.remembered import Remembered
 from emu.task import Service, Task
 from emu.view import Layouts, Struct
+from emu.vmlinux import Vmlinux
 
 if TYPE_CHECKING:
     from emu.machine import Machine
@@ -37,12 +43,14 @@ __all__ = ["RestorePoint", "Suspended"]
 # What nobody changes once it is made, and memory that is copied otherwise.
 _FIXED: Final = (
     *(int, str, bytes, float, bool, type(None), type, Enum, range, mmap.mmap, memoryview, finalize),
-    *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, BaseException),
-    *(Image, StructLayout, Layouts, Event, Ksym, Struct),
+    *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, BaseException, PurePath),
+    *(Image, StructLayout, Layouts, Event, Ksym, SymbolTable, Struct, UnwindRow, Vmlinux, Remembered),
 )
 _FOREIGN: Final = ("unicorn.", "ctypes", "_ctypes", "_struct")
 _ITERATORS: Final[tuple[type, ...]] = (type(iter(range(0))), type(iter(())), type(iter([])))
 _NOTHING: Final = object()
+_fixed: Final[set[type]] = {type(_NOTHING)}  # the types that were seen to be such
+_known: Final[dict[type, "Restorer"]] = {}  # and how the others are put back
 
 
 class Suspended(KlpemuError):  # noqa: N818  (said of a service)
@@ -58,50 +66,47 @@ class RestorePoint:
 
     def __init__(self, machine: "Machine", *roots: object) -> None:
         self._machine = machine
-        self._objects = list(_restorers((machine, *roots)))
         arena = machine.space.arena
-        writable, image = arena.in_use()
-        self._writable = arena.bytes[: writable.stop]
-        self._image = arena.bytes[image.start : image.stop]
+        self._contents = arena.written.take(arena.in_use())
+        self._objects = list(_restorers((machine, *roots)))
         self._executable = dict(machine.space.executable())
         self._cpus = [(cpu, cpu.context()) for cpu in (*machine.cpus, machine.tracer)]
 
     @property
     def size(self) -> int:
         """Bytes of guest memory that were copied."""
-        return len(self._writable) + len(self._image)
+        return self._contents.size
 
     def restore(self) -> None:
         """Put the machine back; nothing of it may be running."""
         machine = self._machine
         for task in _tasks(machine):
             machine.hub.drop_services(task)
-        self._drop_changed_text()
         arena = machine.space.arena
-        writable, image = arena.in_use()
-        start = arena.size - len(self._image)
-        # Frames that nobody has must be zero.
-        end = max(writable.stop, len(self._writable))
-        arena.bytes[:end] = self._writable.ljust(end, b"\0")
-        arena.bytes[min(image.start, start) :] = bytes(max(start - image.start, 0)) + self._image
+        written = arena.written.written(arena.in_use())
+        self._drop_changed_text(written)
+        arena.written.put(self._contents, written)
         for restore in self._objects:
             restore()
         for cpu, context in self._cpus:
             cpu.set_context(context)
         machine.space.flush_tlb()
 
-    def _drop_changed_text(self) -> None:
+    def _drop_changed_text(self, written: Iterable[range]) -> None:
         """Forget the translations of pages that hold other code now, while they are still mapped."""
-        space = self._machine.space
-        memory = space.arena.bytes
-        start = space.arena.size - len(self._image)
-        for page, frame in list(space.executable()):
-            at = frame - start
-            if (
-                self._executable.get(page) != frame
-                or memory[frame : frame + PAGE_SIZE] != self._image[at : at + PAGE_SIZE]
-            ):
-                space.drop_translations(page << 12, PAGE_SIZE)
+        space, contents = self._machine.space, self._contents
+        now = dict(space.executable())
+        changed = {page for page, _ in now.items() ^ self._executable.items()}
+        touched = contents.pages.union(*written)
+        for page, frame in now.items():
+            number = frame // PAGE_SIZE
+            if page not in changed and number in touched:
+                before = contents.page(number) or space.arena.written.base(number)
+                if space.arena.bytes[frame : frame + PAGE_SIZE] == before:
+                    continue
+            elif page not in changed:
+                continue
+            space.drop_translations(page << 12, PAGE_SIZE)
 
 
 def _tasks(machine: "Machine") -> Iterable[Task]:
@@ -118,61 +123,98 @@ def _restorers(roots: Iterable[object]) -> Iterator[Callable[[], None]]:
     waiting = list(roots)
     while waiting:
         each = waiting.pop()
-        if isinstance(each, _FIXED) or id(each) in seen or type(each).__module__.startswith(_FOREIGN):
+        if id(each) in seen:
+            continue
+        kind = type(each)
+        if kind in _fixed:
+            continue
+        restorer = _known.get(kind) or _restorer_of(kind)
+        if restorer is None:
+            _fixed.add(kind)
             continue
         seen[id(each)] = each  # kept alive, so that no other object gets its number
-        restore = _restorer(each, waiting)
+        restore = restorer(each, waiting)
         if restore is not None:
             yield restore
 
 
-def _restorer(each: Any, waiting: list[object]) -> Callable[[], None] | None:
-    """What puts one object back, None if it cannot change; what it refers to is appended to `waiting`."""
-    match each:
-        case dict():
-            waiting += [*each.keys(), *each.values()]
-            return partial(_put_dict, each, *_kept(each))
-        case list():
-            waiting += each
-            return partial(each.__setitem__, slice(None), list(each))
-        case set() | deque():
-            waiting += each
-            return partial(_put, each, list(each))
-        case bytearray():
-            return partial(each.__setitem__, slice(None), bytes(each))
-        case tuple() | frozenset():
-            waiting += each
-            return None
-        case types.FunctionType():
-            waiting += [*(each.__closure__ or ()), *(each.__defaults__ or ())]
-            return None
-        case types.CellType():
-            return _cell(each, waiting)
-        case types.MethodType():
-            waiting.append(each.__self__)
-            return None
-        case partial():
-            waiting += [each.func, each.args, each.keywords]
-            return None
-        case greenlet.greenlet():
-            if each and each is not greenlet.getcurrent():
-                raise Suspended("a service is under way", advice="let everybody come to rest first")
-            return None
-        case _ if isinstance(each, _ITERATORS):
-            return None  # whoever holds it holds a fresh copy afterwards
-        case types.GeneratorType():
-            raise Suspended("a generator is under way")
-    return _members(each, waiting)
+# What puts one object back, None if it cannot change; what it refers to is appended to the list.
+Restorer = Callable[[Any, list[object]], Callable[[], None] | None]
+
+
+def _restorer_of(kind: type) -> Restorer | None:
+    """How objects of a type are put back; None if there is nothing about them that changes."""
+    if issubclass(kind, _FIXED) or kind.__module__.startswith(_FOREIGN):
+        return None
+    found = next((restorer for types_, restorer in _RESTORERS if issubclass(kind, types_)), _members)
+    _known[kind] = found
+    return found
+
+
+def _changing(values: Iterable[object]) -> list[object]:
+    """Those that have to be looked at; most are numbers and names."""
+    return [each for each in values if type(each) not in _fixed]
+
+
+def _dict(each: dict[Any, Any], waiting: list[object]) -> Callable[[], None]:
+    waiting += _changing(each)
+    waiting += _changing(each.values())
+    return partial(_put_dict, each, *_kept(each))
+
+
+def _list(each: list[Any], waiting: list[object]) -> Callable[[], None]:
+    waiting += _changing(each)
+    return partial(each.__setitem__, slice(None), list(each))
+
+
+def _unordered(each: Any, waiting: list[object]) -> Callable[[], None]:
+    waiting += _changing(each)
+    return partial(_put, each, list(each))
+
+
+def _bytearray(each: bytearray, waiting: list[object]) -> Callable[[], None]:
+    return partial(each.__setitem__, slice(None), bytes(each))
+
+
+def _elements(each: Any, waiting: list[object]) -> None:
+    waiting += _changing(each)
+
+
+def _function(each: types.FunctionType, waiting: list[object]) -> None:
+    if "<locals>" not in each.__qualname__:
+        return  # a module's or a class's own, whatever it is wrapped in: it belongs to no machine
+    waiting += _changing((*(each.__closure__ or ()), *(each.__defaults__ or ())))
+
+
+def _method(each: types.MethodType, waiting: list[object]) -> None:
+    waiting.append(each.__self__)
+
+
+def _partial(each: partial[Any], waiting: list[object]) -> None:
+    waiting += [each.func, each.args, each.keywords]
+
+
+def _coroutine(each: greenlet.greenlet, waiting: list[object]) -> None:
+    if each and each is not greenlet.getcurrent():
+        raise Suspended("a service is under way", advice="let everybody come to rest first")
+
+
+def _iterator(each: object, waiting: list[object]) -> None:
+    """Whoever holds it holds a fresh copy afterwards."""
+
+
+def _generator(each: object, waiting: list[object]) -> None:
+    raise Suspended("a generator is under way")
 
 
 def _members(each: Any, waiting: list[object]) -> Callable[[], None] | None:
     """What puts the members of an object of a class of ours back."""
     slots = _slots(type(each))
     values = [(name, getattr(each, name, _NOTHING)) for name in slots]
-    waiting += [value for _, value in values if value is not _NOTHING]
+    waiting += _changing(value for _, value in values)
     members = getattr(each, "__dict__", None)
     if members is not None:
-        waiting += members.values()
+        waiting += _changing(members.values())
     if isinstance(each, Service) and each.coroutine is not None and not each.coroutine.dead:
         raise Suspended(f"the service '{each.name}' is under way")
     if _is_frozen(type(each)):
@@ -225,6 +267,32 @@ def _put_slots(
         _put_dict(members, contents, iterators)
 
 
+def _loaded(each: LoadedObject, waiting: list[object]) -> Callable[[], None] | None:
+    """The kernel itself is not unloaded."""
+    return None if each.placement.is_linked else _members(each, waiting)
+
+
+def _placement(each: Placement, waiting: list[object]) -> Callable[[], None] | None:
+    """Where a linked image lies, and its tens of megabytes there, is settled when it has booted."""
+    return None if each.is_linked else _members(each, waiting)
+
+
+_RESTORERS: Final[tuple[tuple[type | tuple[type, ...], Restorer], ...]] = (
+    (dict, _dict),
+    (list, _list),
+    ((tuple, frozenset), _elements),
+    ((set, deque), _unordered),
+    (bytearray, _bytearray),
+    (LoadedObject, _loaded),
+    (Placement, _placement),
+    (types.FunctionType, _function),
+    (types.CellType, _cell),
+    (types.MethodType, _method),
+    (partial, _partial),
+    (greenlet.greenlet, _coroutine),
+    (_ITERATORS, _iterator),
+    (types.GeneratorType, _generator),
+)
 _SLOTS: dict[type, tuple[str, ...]] = {}
 
 

@@ -11,8 +11,9 @@ find only with slub_debug=FZP is always on here:
 
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from elf.errors import KlpemuError
 from emu.errno import KernelErrno
@@ -29,6 +30,7 @@ POISON_FREE = 0x6B
 POISON_END = 0xA5
 QUARANTINE_OBJECTS = 256
 SLAB_PAGES = 16
+_RED = bytes([RED_ACTIVE]) * RED_ZONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,18 +96,22 @@ class Slab:
                 raise KlpemuError(f"{tag} was written to after it was freed", where=f"{at:#018x}")
             self._free.setdefault(_class_of(size), []).append(at)
 
+    def contents(self) -> Hashable:
+        """Which objects there are, and which were freed, in a form that can be compared."""
+        return tuple(self.live.items()), tuple(self._quarantine)
+
     def corruptions(self, memory: Memory) -> list[Corruption]:
         """Damaged red zones and freed objects written to, as `memory` shows them."""
         found = []
-        red = bytes([RED_ACTIVE]) * RED_ZONE
+        read = memory.read
         for address, (size, tag) in self.live.items():
             for at, side in ((address - RED_ZONE, "before"), (address + size, "behind")):
-                zone = memory.read(at, RED_ZONE)
-                if zone != red:
+                zone = read(at, RED_ZONE)
+                if zone != _RED:
                     where = at + next(i for i in range(RED_ZONE) if zone[i] != RED_ACTIVE)
                     found.append(Corruption(where, f"red zone {side} the object", address, size, tag))
         for address, size, tag in self._quarantine:
-            data = memory.read(address, size)
+            data = read(address, size)
             if data != _poison(size):
                 where = address + next(i for i, byte in enumerate(_poison(size)) if data[i] != byte)
                 found.append(Corruption(where, "freed object written to", address, size, tag))
@@ -150,5 +156,6 @@ def _class_of(size: int) -> int:
     return max(32, (size + 15) & ~15)
 
 
+@lru_cache(maxsize=256)
 def _poison(size: int) -> bytes:
     return bytes([POISON_FREE]) * (size - 1) + bytes([POISON_END])

@@ -16,6 +16,7 @@ from elf.image import Image
 from elf.kernel_symbols import KernelSymbols
 from elf.layout import StructLayout
 from emu.assembly import Code
+from emu.ftrace_64 import append_trace_count
 from emu.function_bodies import NEEDS_A_SYSTEM, image_runs, replace_bodies
 from emu.kallsyms import Ksym
 from emu.memory import PAGE_SIZE, MemoryFault
@@ -105,6 +106,7 @@ def place_linked(
     refused = [name for name in NEEDS_A_SYSTEM if name in linked.first_addresses]
     exports = sorted({*refused, *(name for name in exports if not image_runs(name))})
     exits = append_stubs(code, exports, start)
+    append_trace_count(code, layouts)
     labels = {name: start + offset for name, offset in code.labels.items()}
     sites = _convert_sites(text, linked)
     replaced = replace_bodies(text, linked, {name: labels[name] for name in exports}, set(sites))

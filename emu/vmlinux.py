@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from elf.errors import KlpemuError, SymbolError
 from elf.image import Image
@@ -49,7 +50,8 @@ class Vmlinux:
     """The placed kernel: its sections, and the entry code's bytes and labels.
 
     `exits` maps the address behind the first `hlt` of each exit stub to the stub's name, and behind the
-    second one to "klpemu_return".  `sites` are the fentry sites, NOPs by now.  `table` are the symbols of an
+    second one to "klpemu_return".  `exported` are the symbols that modules link against, once somebody has
+    asked (emu/module_exports.py).  `sites` are the fentry sites, NOPs by now.  `table` are the symbols of an
     image that was linked, in address order; another image's are in its file.
     """
 
@@ -62,6 +64,7 @@ class Vmlinux:
     warn_sites: dict[int, str]
     sites: list[int] = field(default_factory=list)
     table: list[Ksym] | None = None
+    exported: dict[str, Any] | None = None
 
     @cached_property
     def answered(self) -> frozenset[int]:

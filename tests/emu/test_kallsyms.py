@@ -101,7 +101,7 @@ def test_symbols_of_an_unloaded_module_are_gone(machine: Machine) -> None:
     start = machine.kallsyms.address_of("form_twice", "endbr")
     assert machine.kallsyms.module_of(start) == "endbr"
     machine.modules.unload_module("endbr")
-    assert machine.kallsyms.named("form_twice", "endbr") == []
+    assert not machine.kallsyms.named("form_twice", "endbr")
     assert machine.kallsyms.at(start) is None
     assert machine.kallsyms.module_of(start) is None
     assert list(machine.kallsyms.modules()) == [""]
