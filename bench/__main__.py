@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
-from bench import basic, enable, explore, fuzz, image, load, redirect, sched, sites, transition
+from bench import basic, enable, explore, fuzz, image, load, redirect, sched, sites, transition, verify
 from bench.measure import Result, as_json, table
 from klpemu import stock_kernel
 
@@ -20,6 +20,7 @@ BENCHES: dict[str, Callable[[], Iterator[Result]]] = {
     "explore": explore.run,
     "fuzz": fuzz.run,
     "image": image.run,
+    "verify": verify.run,
 }
 NEED_STOCK_KERNEL = ("sites", "load", "image")
 

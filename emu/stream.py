@@ -5,18 +5,17 @@ and no further, on a stack of its own, with every register holding a known value
 afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from emu.cpu import REGISTERS, Stop, StopKind
-from emu.memory import read_u64
 
 if TYPE_CHECKING:
     from emu.machine import Machine
 
-__all__ = ["Stream", "execute_stream", "trace_call", "undone"]
+__all__ = ["Stream", "execute_and_undo", "execute_stream", "trace_call", "undone"]
 
 STREAM_LIMIT = 20_000
 TRACE_BUDGET = 1_000_000
@@ -37,6 +36,8 @@ class Stream:
     stack_after: bytes
     reached: bool
     stop: Stop
+    loads: tuple[tuple[int, int], ...] = ()  # physical address and size, of what it had not stored itself
+    stores: tuple[tuple[int, bytes], ...] = ()  # physical address, and what was there before
 
 
 def execute_stream(
@@ -44,16 +45,17 @@ def execute_stream(
 ) -> Stream:
     """Execute from `entry` as if it had just been called, until RIP is `stop_at`.
 
-    With a `patch_state`, as a task that has this one.
+    With a `patch_state`, as if the machine's first task, on whose behalf it is, had this one.
     """
     cpu = machine.tracer
     cpu.reset()
     cpu.set_gs_base(machine.cpus[0].gs_base)
+    prepared = [
+        _Word(machine, cpu.gs_base + machine.vmlinux.symbols["current_task"], 8, machine.init_task.struct)
+    ]
     if patch_state is not None:
-        current = read_u64(machine.space, cpu.gs_base + machine.vmlinux.symbols["current_task"])
-        at = current + machine.layouts.offsetof("task_struct", "patch_state")
-        kept = machine.space.read(at, 4)
-        machine.space.write(at, patch_state.to_bytes(4, "little", signed=True))
+        at = machine.init_task.struct + machine.layouts.offsetof("task_struct", "patch_state")
+        prepared.append(_Word(machine, at, 4, patch_state))
     before = {name: 0x0101_0101_0101_0101 * (index + 1) for index, name in enumerate(REGISTERS)}
     rsp = machine.stream_stack - 8 * STACK_WORDS - 8
     before |= {"rip": entry, "rsp": rsp, "eflags": 2 | EFLAGS_ARITHMETIC}
@@ -66,10 +68,15 @@ def execute_stream(
     cpu.set_vectors(vectors)
     cpu.executed.clear()
     cpu.stop_at = stop_at
-    stop = cpu.run(limit)
-    cpu.stop_at = None
-    if patch_state is not None:
-        machine.space.write(at, kept)
+    cpu.accesses = []
+    try:
+        stop = cpu.run(limit)
+    finally:
+        cpu.stop_at = None
+        accesses, cpu.accesses = tuple(cpu.accesses), None
+    for word in prepared:
+        word.put_back()
+    loads, stores = _apart(accesses, {(word.place, word.size) for word in prepared})
     after = cpu.registers()
     reached = stop.kind is StopKind.BUDGET and after["rip"] == stop_at
     addresses = tuple(cpu.executed)
@@ -84,7 +91,51 @@ def execute_stream(
         machine.space.read(rsp, len(stack)),
         reached,
         stop,
+        loads,
+        stores,
     )
+
+
+class _Word:
+    """A word of memory with another value for a while; `place` is its physical address."""
+
+    def __init__(self, machine: "Machine", address: int, size: int, value: int) -> None:
+        self._space, self._address, self.size = machine.space, address, size
+        self.place = machine.space.physical(address)
+        self._kept = machine.space.read(address, size)
+        machine.space.write(address, (value % (1 << 8 * size)).to_bytes(size, "little"))
+
+    def put_back(self) -> None:
+        self._space.write(self._address, self._kept)
+
+
+def _apart(
+    accesses: Iterable[tuple[bool, int, bytes]], own: set[tuple[int, int]]
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, bytes], ...]]:
+    """What was loaded and is not the stream's `own`, and what was stored."""
+    loads: dict[tuple[int, int], None] = {}
+    stores: list[tuple[int, bytes]] = []
+    for is_store, at, before in accesses:
+        place = at, len(before)
+        if is_store:
+            own.add(place)
+            stores.append((at, before))
+        elif place not in own:
+            loads[place] = None
+    return tuple(loads), tuple(stores)
+
+
+def execute_and_undo(
+    machine: "Machine", entry: int, stop_at: int, patch_state: int | None = None, limit: int = STREAM_LIMIT
+) -> Stream:
+    """Execute a stream, and put back what it has stored: it leaves no trace in memory."""
+    rsp, size = machine.stream_stack - 8 * STACK_WORDS - 8, 8 * STACK_WORDS + 8
+    stack, memory = machine.space.read(rsp, size), machine.space.arena.bytes
+    stream = execute_stream(machine, entry, stop_at, patch_state, limit)
+    for at, before in reversed(stream.stores):
+        memory[at : at + len(before)] = before
+    machine.space.write(rsp, stack)
+    return stream
 
 
 @contextmanager

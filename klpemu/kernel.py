@@ -4,7 +4,6 @@ import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from os import PathLike, fspath
 from typing import Any
 
@@ -14,7 +13,8 @@ from emu.assembly import Instruction, disassemble
 from emu.errno import KernelErrno
 from emu.machine import Machine
 from emu.module import LoadedObject
-from emu.stream import execute_stream, trace_call, undone
+from emu.remembered import Remembered
+from emu.stream import execute_and_undo, trace_call
 from emu.symbol_file import save_symbols
 from emu.view import list_for_each_entry
 from emu.vmcore import save_core
@@ -31,7 +31,7 @@ from patches.invariants.forced import ForcedPatches
 from patches.invariants.reachable import FreedObjects
 from patches.invariants.relocations import expected_texts
 from patches.invariants.replacement import ReplacedPatches
-from patches.invariants.subject import Subject
+from patches.invariants.subject import RememberingSubject, Subject
 from patches.invariants.verify import verify
 from patches.klp import Klp
 from patches.livepatch import VMLINUX, Patch
@@ -80,9 +80,13 @@ class Kernel:
                 ForcedPatches(machine),
                 FreedObjects(machine),
             )
+        self.remembered = Remembered(machine.space)
+        self._sites: tuple[tuple[tuple[LoadedObject, int], ...], frozenset[int]] = ((), frozenset())
         self.tasks = Tasks(self)
         self.patches = EnabledPatches(self)
         self.patches.watch(machine.modules.objects[""])
+        if self.consistency is not None:
+            self.consistency.observer.settle()
         self._modprobe = Modprobe(self)
         machine.traps.exports["klp_enable_patch"] = self.patches.klp_enable_patch
         exports.connect(self.klp)
@@ -244,9 +248,18 @@ class Kernel:
 
     def verify(self, step: str = "", subject: Subject | None = None) -> Report:
         """Check every invariant on the kernel as it is now, of which `subject()` gave `subject`."""
-        with undone(self.machine):
-            report = verify(subject or self.subject(), step)
+        report = verify(subject or self.subject(), step)
         return Report.merged([report, self.witnessed(step)], step)
+
+    def verify_what_changed(self, step: str = "", subject: Subject | None = None) -> Report:
+        """The same, without judging again what was judged before by the same bytes (emu/remembered.py)."""
+        report = verify(subject or self.subject(), step, self.remembered)
+        return Report.merged([report, self.witnessed(step)], step)
+
+    def remembering(self, subject: Subject) -> RememberingSubject:
+        """The subject, such that what follows from it is found once for the same bytes."""
+        self.remembered.look()
+        return RememberingSubject.of(subject, self.remembered)
 
     def witnessed(self, step: str = "") -> Report:
         """What those have found since they were last asked who watch what happens, not what is."""
@@ -272,7 +285,7 @@ class Kernel:
             kallsyms=machine.kallsyms,
             symbols=machine.vmlinux.symbols,
             texts=[text for each in objects for text in expected_texts(each)],
-            sites=frozenset(chain.from_iterable(each.sites for each in objects)),
+            sites=self._all_sites(),
             functions=stacks.expected_functions(
                 machine.kallsyms,
                 [
@@ -284,7 +297,7 @@ class Kernel:
                 replaces=replaces,
             ),
             patches=[each.patch.name for each in enabled],
-            execute=partial(execute_stream, machine),
+            execute=partial(execute_and_undo, machine),
             slab=machine.slab,
             remaining=[
                 (at, tag) for at, tag in self.patches.allocations().items() if at not in self.patches.baseline
@@ -297,6 +310,13 @@ class Kernel:
             log=self.log,
             return_thunk_at=machine.return_thunk_at,
         )
+
+    def _all_sites(self) -> frozenset[int]:
+        """The sites of all objects: made again only when there are other ones, as a kernel has 40,000."""
+        objects = tuple((each, len(each.sites)) for each in self.machine.modules.objects.values())
+        if self._sites[0] != objects:
+            self._sites = objects, frozenset().union(*(each.sites for each, _ in objects))
+        return self._sites[1]
 
     def address_of(self, function: str | int) -> int:
         """Guest virtual address of `name`, `module:name`, or `name,sympos`."""

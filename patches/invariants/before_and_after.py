@@ -1,16 +1,20 @@
 """Two states of one machine: what a failure must not change, and what must be again as it was."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 
+from emu.memory import read_u32
 from patches.invariants.finding import Finding
+from patches.invariants.relocations import fields_for_modules
 from patches.invariants.subject import Subject
 from patches.invariants.walk import entries
 
 __all__ = ["RESTORES", "RestoredText", "State", "failures_leave_the_state_before", "state_of"]
 
 RESTORES = "removal_restores_the_text"
+INSN_SIZE = 5  # of a call
+PIECE = 1 << 20  # bytes of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +34,9 @@ def state_of(subject: Subject) -> State:
     """The present state."""
     ops = entries(subject, subject.symbols["klp_ops"], "klp_ops", "node")
     stack_at = subject.layouts.offsetof("klp_ops", "func_stack")
+    left = {at: size for each in subject.livepatches for at, size in fields_for_modules(each).items()}
     return State(
-        text=tuple((at, _digest(subject, at, size)) for at, size in _texts(subject)),
+        text=tuple((at, _patched(subject, at, size, left)) for at, size in _texts(subject)),
         patches=tuple(entries(subject, subject.symbols["klp_patches"], "klp_patch", "list")),
         func_stacks=tuple(tuple(entries(subject, at + stack_at, "klp_func", "stack_node")) for at in ops),
         ops=tuple((each.ops.address_, each.ops.flags) for each in subject.ftrace.ops),
@@ -60,23 +65,48 @@ class RestoredText:
     Source: "Disabling" in Documentation/livepatch/livepatch.rst; ftrace_shutdown() of kernel/trace/ftrace.c.
     """
 
+    # While kernel.ftrace_enabled is 0 ftrace_shutdown() changes no text: what ftrace_call calls stays, and no
+    # site leads there, until the next ops comes.
+
     def __init__(self) -> None:
-        self._original: dict[int, tuple[bytes, str]] = {}
+        self._original: dict[int, tuple[bytes, str, str]] = {}
+        self._was_off = False
 
     def check(self, subject: Subject) -> Iterator[Finding | None]:
         """Compare, if nothing is registered; text that is seen for the first time is remembered."""
+        self._was_off |= not read_u32(subject.memory, subject.symbols["ftrace_enabled"])
         if subject.ftrace.ops:
             return
         for text in subject.texts:
-            digest = _digest(subject, text.address, len(text.contents))
-            loaded, original = self._original.get(text.address, (b"", ""))
+            loaded, *original = self._original.get(text.address, (b"", "", ""))
+            size = len(text.contents)
             if loaded != text.contents:
-                self._original[text.address] = text.contents, digest
-            elif original == digest:
+                digests = (
+                    subject.once(_digest, text.address, size),
+                    subject.once(_without_calls, text.address, size),
+                )
+                self._original[text.address] = text.contents, *digests
+            elif original[0] == subject.once(_digest, text.address, size) or (
+                self._was_off
+                and original[1]
+                and original[1] == subject.once(_without_calls, text.address, size)
+            ):
                 yield None
             else:
                 what = "text is not as it was before anything was registered"
                 yield Finding(RESTORES, what, text.address, subject.place(text.address))
+
+
+def _without_calls(subject: Subject, address: int, size: int) -> str:
+    """The digest of a text without where ftrace_call and ftrace_regs_call lead; "" if it has neither."""
+    calls = [subject.symbols[name] - address for name in ("ftrace_call", "ftrace_regs_call")]
+    calls = [at for at in calls if 0 <= at < size]
+    if not calls:
+        return ""
+    data = bytearray(subject.memory.read(address, size))
+    for at in calls:
+        data[at : at + INSN_SIZE] = bytes(INSN_SIZE)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _texts(subject: Subject) -> list[tuple[int, int]]:
@@ -84,5 +114,24 @@ def _texts(subject: Subject) -> list[tuple[int, int]]:
     return [(text.address, len(text.contents)) for text in subject.texts]
 
 
+def _patched(subject: Subject, address: int, size: int, left: Mapping[int, int]) -> str:
+    """The digest of a text without the fields that klp relocations have `left`, which no failure undoes."""
+    fields_ = {at: length for at, length in left.items() if address <= at < address + size}
+    if not fields_:
+        digest: str = subject.once(_digest, address, size)
+        return digest
+    data = bytearray(subject.memory.read(address, size))
+    for at, length in fields_.items():
+        data[at - address : at - address + length] = bytes(length)
+    return hashlib.sha256(data).hexdigest()
+
+
 def _digest(subject: Subject, address: int, size: int) -> str:
+    """Piece by piece, as most of a kernel's text is what it was a step ago."""
+    starts = range(address, address + size, PIECE)
+    pieces = [subject.once(_digest_of, at, min(PIECE, address + size - at)) for at in starts]
+    return pieces[0] if len(pieces) == 1 else hashlib.sha256("".join(pieces).encode()).hexdigest()
+
+
+def _digest_of(subject: Subject, address: int, size: int) -> str:
     return hashlib.sha256(subject.memory.read(address, size)).hexdigest()

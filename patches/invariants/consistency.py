@@ -4,6 +4,10 @@ For every task, between two switch points, all calls of functions of one patch g
 switch point is where the kernel allows a task to change: the return to user space, the idle loop, and the
 moment at which another task finds none of the functions that change on its stack
 (Documentation/livepatch/livepatch.rst, "Consistency model").
+
+A task that was forced gets other functions in the middle of something: that is what a force gives up.  Who
+searches for bugs forgives that: then such a task is judged again from its next switch point on, and what it
+was in the middle of may stay on its stack until it leaves it.
 """
 
 from collections.abc import Iterable
@@ -25,6 +29,7 @@ UNPATCHED, PATCHED = 0, 1
 MIXED = "versions_are_never_mixed"
 LEFT = "switched_tasks_have_left_what_changes"
 FREED = "nobody_runs_what_is_freed"
+_UNDEFINED = (-1).to_bytes(4, "little", signed=True)  # KLP_UNDEFINED as a patch_state
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,28 @@ class Versions:
 
 @dataclass
 class _Stretch:
-    """What one task has executed since its last switch point, and where that was."""
+    """What one task has executed since its last switch point, and where that was; or since it was forced."""
 
     since: str = "its start"
+    forced: bool = False
     executed: dict[int, None] = field(default_factory=dict)
 
 
 class Consistency:
-    """Follows one machine from now on; `report` gives what was found since the last report."""
+    """Follows one machine from now on; `report` gives what was found since the last report.
+
+    With `forgives` what comes of a force is not found.
+    """
 
     def __init__(self, machine: Machine) -> None:
+        self.forgives = False
         self._machine = machine
         self._versions: dict[int, Versions] = {}  # by address of the klp_patch
         self._stretches: dict[int, _Stretch] = {}  # by address of the task_struct
+        # The functions that a task was in the middle of when it was forced, or entered soon after.
+        self._excused: dict[int, set[int]] = {}
+        self._stored_by_another = 0  # address of the task_struct whose patch_state was stored a moment ago
+        self._patch_state = machine.layouts.offsetof("task_struct", "patch_state")
         self._checks: dict[str, int] = {}
         self._findings: list[Finding] = []
         self._transition_patch = machine.symbol("klp_transition_patch")
@@ -102,7 +116,11 @@ class Consistency:
 
         Source: "Consistency model" in Documentation/livepatch/livepatch.rst.
         """
+        self._was_forced()
         stretch = self._stretches.setdefault(task.struct, _Stretch())
+        if stretch.forced:
+            self._excused[task.struct].add(function)
+            return
         stretch.executed[function] = None
         for versions in self._versions.values():
             version = versions.of.get(function)
@@ -124,12 +142,36 @@ class Consistency:
 
     def _event(self, event: Event) -> None:
         if event.kind is EventKind.SWITCH_POINT:
+            if event.address == self._stored_by_another:
+                self._stored_by_another = 0
             self._stretches[event.address] = _Stretch(event.note)
             if event.note == "stack check":
                 self._switched(event.address)
-        elif event.kind is EventKind.STORE and event.address == self._transition_patch and any(event.after):
+            elif event.address in self._excused:  # it has left everything
+                del self._excused[event.address]
+            return
+        self._was_forced()
+        if event.kind is not EventKind.STORE:
+            return
+        if event.address == self._transition_patch and any(event.after):
             patch = int.from_bytes(event.after, "little")
             self._versions[patch] = self._versions_of(patch)
+            return
+        struct = event.address - self._patch_state
+        if struct in self._machine.by_struct and _UNDEFINED not in (event.before, event.after):
+            hub = self._machine.hub
+            if event.before != event.after and hub.in_service and hub.current.struct != struct:
+                self._stored_by_another = struct
+
+    def _was_forced(self) -> None:
+        """What another task has stored, and no switch point followed: klp_force_transition()."""
+        if not self._stored_by_another:  # nearly always: a store here would tie every event to the others
+            return
+        struct, self._stored_by_another = self._stored_by_another, 0
+        if self.forgives:
+            task = self._machine.by_struct[struct]
+            self._stretches[struct] = _Stretch("a force", forced=True)
+            self._excused[struct] = {each.function for each in self.observer.activations(task)}
 
     def _switched(self, struct: int) -> None:
         """switched_tasks_have_left_what_changes: A task that is switched by a stack check has no function on
@@ -144,8 +186,12 @@ class Consistency:
             return
         self._checks[LEFT] = self._checks.get(LEFT, 0) + 1
         target = self._machine.space.read(self._target_state, 1)[0]
-        for activation in self.observer.activations(task):
-            if versions.of.get(activation.function, target) != target:
+        activations = self.observer.activations(task)
+        excused = self._excused.pop(struct, set()) & {each.function for each in activations}
+        if excused:
+            self._excused[struct] = excused
+        for activation in activations:
+            if activation.function not in excused and versions.of.get(activation.function, target) != target:
                 text = (
                     f"{self._name(task)} was switched while {self._describe(activation.function)} "
                     f"is on its stack, which '{versions.patch}' changes"

@@ -39,7 +39,7 @@ class FetchedText:
         self._calls = [machine.symbol(name) for name in ("ftrace_call", "ftrace_regs_call")]
         self._checks = 0
         self._findings: list[Finding] = []
-        machine.events.listeners.append(self._event)
+        machine.events.listen(self._event, EventKind.POKE, EventKind.SYNC)
 
     def report(self, step: str) -> Report:
         """What was checked and found since the last report."""

@@ -27,7 +27,7 @@ class ForcedPatches:
         self._forced = machine.layouts.offsetof("klp_patch", "forced")
         self._checks = 0
         self._findings: list[Finding] = []
-        machine.events.listeners.append(self._event)
+        machine.events.listen(self._event, EventKind.STORE)
 
     def report(self, step: str) -> Report:
         """What was checked and found since the last report."""
@@ -36,7 +36,7 @@ class ForcedPatches:
         return Report(step, {PINS: checks}, tuple(replace(each, step=step) for each in found))
 
     def _event(self, event: Event) -> None:
-        if event.kind is EventKind.STORE and event.after == b"\x01":
+        if event.after == b"\x01":
             patch = event.address - self._forced
             if patch in self._listed():
                 self._checks += 1

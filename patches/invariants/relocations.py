@@ -18,7 +18,7 @@ from patches.invariants.subject import Subject
 from patches.invariants.walk import entries
 from patches.livepatch import VMLINUX
 
-__all__ = ["expected_texts", "klp_relocations_are_right"]
+__all__ = ["expected_texts", "fields_for_modules", "klp_relocations_are_right"]
 
 INVARIANT = "klp_relocations_are_right"
 
@@ -37,6 +37,22 @@ def expected_texts(loaded: LoadedObject) -> list[Text]:
                 total = _total(rule, value, each, location)
                 fields[location] = (total % 2 ** (8 * rule.size)).to_bytes(rule.size, "little")
     return [_with_fields(text, fields) for text in loaded.texts]
+
+
+def fields_for_modules(loaded: LoadedObject) -> dict[int, int]:
+    """Address and size of each field that a klp relocation writes when some module comes.
+
+    6.1 never clears them: what was written stays when the module goes, or when its coming fails
+    (0c05e7bd2d01 ("livepatch,x86: Clear relocation targets on a module removal") (in v6.3)).
+    """
+    placement = loaded.placement
+    return {
+        placement.addresses[rela.info] + each.offset: RULES[each.type].size
+        for rela in klp_sections(placement.image)
+        if section_objname(rela.name) != VMLINUX and rela.info in placement.addresses
+        for each in klp_relocations(placement.image, rela)
+        if each.type in RULES
+    }
 
 
 def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:

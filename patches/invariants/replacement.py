@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from emu.events import Event, EventKind
+from emu.events import Event
 from emu.machine import Machine
 from emu.view import list_for_each_entry
 from patches.invariants.finding import Finding, Report
@@ -26,7 +26,7 @@ class ReplacedPatches:
         self._before: list[int] = []
         self._checks = 0
         self._findings: list[Finding] = []
-        machine.events.listeners.append(self._event)
+        machine.events.listen_at(self._event, self._at)
 
     def report(self, step: str) -> Report:
         """What was checked and found since the last report."""
@@ -37,8 +37,6 @@ class ReplacedPatches:
         )
 
     def _event(self, event: Event) -> None:
-        if event.kind is not EventKind.STORE or event.address != self._at:
-            return
         patch = int.from_bytes(event.after, "little")
         listed = [each.address_ for each in self._listed()]
         if patch:

@@ -1,8 +1,7 @@
 """Shadow variables: the hash table is whole, and nothing in it has outlived everybody who knows of it."""
 
 from collections.abc import Iterator
-from itertools import compress
-from struct import unpack
+from struct import iter_unpack
 from typing import Any
 
 from emu.memory import MemoryFault
@@ -14,6 +13,8 @@ __all__ = ["no_shadow_variable_remains", "shadow_variables_are_hashed"]
 
 TABLE = "klp_shadow_hash"
 HASH_BITS = 12
+ROW = 512  # bytes
+EMPTY = bytes(ROW)
 GOLDEN_RATIO = 0x61C8_8646_80B5_83EB  # GOLDEN_RATIO_64 of include/linux/hash.h
 
 
@@ -87,10 +88,8 @@ def _nodes(subject: Subject) -> Iterator[tuple[int, int, int]]:
 
     A chain ends behind a node whose link back is wrong: so it has an end, whatever is in it.
     """
-    table, count = subject.symbols[TABLE], 1 << HASH_BITS
-    heads = unpack(f"<{count}Q", subject.memory.read(table, 8 * count))
-    for bucket in compress(range(count), heads):  # most are empty
-        at = heads[bucket]
+    table = subject.symbols[TABLE]
+    for bucket, at in _heads(subject.memory.read(table, 8 << HASH_BITS)):
         link = table + 8 * bucket
         while at:
             yield bucket, link, at
@@ -101,6 +100,16 @@ def _nodes(subject: Subject) -> Iterator[tuple[int, int, int]]:
                 link, at = node.member_("next"), node.next
             except MemoryFault:
                 break
+
+
+def _heads(table: bytes) -> Iterator[tuple[int, int]]:
+    """Number and first pointer of each bucket that is not empty.  Most are: they are passed by in rows."""
+    for start in range(0, len(table), ROW):
+        row = table[start : start + ROW]
+        if row != EMPTY:
+            yield from (
+                (start // 8 + number, head) for number, (head,) in enumerate(iter_unpack("<Q", row)) if head
+            )
 
 
 def _views(subject: Subject, struct: str, addresses: list[int]) -> list[Any]:

@@ -1,6 +1,6 @@
 """Streams: a call of a patched function goes from site to trampoline to handler to the expected function."""
 
-import itertools
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -18,6 +18,7 @@ __all__ = ["calls_reach_the_expected_function", "expected_target"]
 # restore_mcount_regs brings these back, the handler's C ABI the others (psABI 3.2.1, "callee-saved").
 ALWAYS_KEPT = ("rax", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", "rbx", "r8", "r9", "r12", "r13", "r14", "r15")
 THUNKS = ("_return_thunk", "_safe_ret")  # on its way a return may pass those of arch/x86/lib/retpoline.S
+LONGEST = 15  # bytes of an instruction
 RETURNS = {"ret", "retf", "retfq", "iret", "iretd", "iretq"}
 
 
@@ -44,9 +45,9 @@ def calls_reach_the_expected_function(subject: Subject) -> Iterator[Finding | No
 
 def _judge(subject: Subject, function: ExpectedFunc, target: int, state: int | None) -> str | None:
     """What is wrong with a call of one function; None if nothing is."""
-    assert subject.execute is not None
     try:
-        stream = subject.execute(function.address, target, state)
+        stream = subject.run(function.address, target, state)
+        assert stream is not None
         return (
             _did_not_arrive(subject, stream, target)
             or _took_another_way(subject, function, stream)
@@ -87,7 +88,7 @@ def _did_not_arrive(subject: Subject, stream: Stream, target: int) -> str | None
 def _took_another_way(subject: Subject, function: ExpectedFunc, stream: Stream) -> str | None:
     """Each executed instruction must be one that Capstone decodes, and its successor one that it allows."""
     way = (*stream.addresses, stream.after["rip"])
-    wrong = _first_wrong(way, tuple(_code(subject, address) for address in stream.addresses))
+    wrong = _first_wrong(way, _codes(subject, stream.addresses))
     if wrong is not None:
         here, there = way[wrong], way[wrong + 1]
         instruction = _decoded(_code(subject, here), here)
@@ -95,36 +96,65 @@ def _took_another_way(subject: Subject, function: ExpectedFunc, stream: Stream) 
     return _regions_in_order(subject, function, stream)
 
 
-@lru_cache(maxsize=1 << 10)
 def _first_wrong(way: tuple[int, ...], codes: tuple[bytes, ...]) -> int | None:
-    """Index of the first instruction that does not lead to the next address of the way; None without one.
-
-    The same way is gone again and again: at each step of a sequence, by each function of a patch.
-    """
-    for index, (here, there) in enumerate(itertools.pairwise(way)):
-        allowed = _successors(_decoded(codes[index], here))
+    """Index of the first instruction that does not lead to the next address of the way; None without one."""
+    for index, (here, code, there) in enumerate(zip(way, codes, way[1:], strict=False)):
+        allowed = _successors(code, here)
         if allowed is not None and there not in allowed:
             return index
     return None
 
 
+def _codes(subject: Subject, addresses: tuple[int, ...]) -> tuple[bytes, ...]:
+    """The bytes at each of the addresses; what lies close together is read at once."""
+    starts: list[int] = []
+    blocks: list[bytes] = []
+    ordered = sorted(set(addresses))
+    for first, last in _runs(ordered):
+        try:
+            block = subject.memory.read(first, last + LONGEST - first)
+        except MemoryFault:
+            return tuple(_code(subject, address) for address in addresses)
+        starts.append(first)
+        blocks.append(block)
+    found = {}
+    for address in ordered:
+        index = bisect_right(starts, address) - 1
+        at = address - starts[index]
+        found[address] = blocks[index][at : at + LONGEST]
+    return tuple(found[address] for address in addresses)
+
+
+def _runs(ordered: list[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of addresses with no more than an instruction between them."""
+    first = last = ordered[0]
+    for address in ordered[1:]:
+        if address > last + LONGEST:
+            yield first, last
+            first = address
+        last = address
+    yield first, last
+
+
 def _code(subject: Subject, address: int) -> bytes:
     """The bytes at an address; an instruction has at most 15, and its page may be the last one mapped."""
     try:
-        return subject.memory.read(address, 15)
+        return subject.memory.read(address, LONGEST)
     except MemoryFault:
-        return subject.memory.read(address, min(15, PAGE_SIZE - address % PAGE_SIZE))
+        return subject.memory.read(address, min(LONGEST, PAGE_SIZE - address % PAGE_SIZE))
 
 
-@lru_cache(maxsize=1 << 14)
 def _decoded(code: bytes, address: int) -> Instruction:
-    """The first instruction of the code.  Most streams go through the same trampolines and handler."""
+    """The first instruction of the code."""
     return next(disassemble(code, address))
 
 
 @lru_cache(maxsize=1 << 14)
-def _successors(instruction: Instruction) -> frozenset[int] | None:
-    """Where execution may go from an instruction; None where only the machine can tell."""
+def _successors(code: bytes, address: int) -> frozenset[int] | None:
+    """Where execution may go from the instruction that the code begins with; None where only the machine can
+    tell.  Most streams go through the same trampolines and handler.
+    """
+    instruction = _decoded(code, address)
     word = instruction.mnemonic.split()[-1]
     behind = instruction.address + len(instruction.code)
     if word in RETURNS:
@@ -143,10 +173,11 @@ def _regions_in_order(subject: Subject, function: ExpectedFunc, stream: Stream) 
     if not function.stack:
         return None
     names: list[str] = []
-    here = range(0)
+    low, high = 0, 0
     for address in stream.addresses:
-        if address not in here:
+        if not low <= address < high:
             name, here = _region(subject, address)
+            low, high = here.start, here.stop
             if not name.endswith(THUNKS) and (not names or names[-1] != name):
                 names.append(name)
     handler = [name for name in names if name == "klp_ftrace_handler"]

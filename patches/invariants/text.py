@@ -19,7 +19,7 @@ SAVE_REGS = 1 << 2
 ALLOC_TRAMP = 1 << 11
 IPMODIFY = 1 << 12
 DIRECT = 1 << 17
-PIECE = 16 * PAGE_SIZE
+PIECE = 256 * PAGE_SIZE
 
 
 def text_matches_records(subject: Subject) -> Iterator[Finding | None]:
@@ -32,51 +32,68 @@ def text_matches_records(subject: Subject) -> Iterator[Finding | None]:
     called = _called(subject)
     func = subject.pointer("ftrace_trace_function")
     names = ("ftrace_call", "ftrace_regs_call")
-    if _is_enabled(subject):
+    if _is_enabled(subject) and subject.ftrace.ops:
         special = {symbols[name]: _call(symbols[name], func) for name in names}
     else:  # nothing calls the trampolines: these two are changed when something does again
         special = {symbols[name]: subject.memory.read(symbols[name], 5) for name in names}
+    calls = {ip: _call(ip, target) for ip, target in called.items() if ip in subject.sites} | special
     for text in subject.texts:
-        end = text.address + len(text.contents)
-        sites = subject.sites_in(text.address, end)
-        idle = _idle(text, tuple(sites))
-        calls = {ip: _call(ip, called[ip]) for ip in called.keys() & sites}
-        calls |= {ip: code for ip, code in special.items() if text.address <= ip < end}
-        if _is_as_expected(subject, text.address, idle, calls):
+        own = {ip: code for ip, code in sorted(calls.items()) if text.address <= ip < _end(text)}
+        if len(text.contents) <= PIECE:
+            same = _is_as_expected(subject, text, 0, tuple(own.items()))
+        else:
+            starts = range(0, len(text.contents), PIECE)
+            pieces = ((text, start, _calls_in(own, text.address + start)) for start in starts)
+            same = all(subject.once(_is_as_expected, *piece) for piece in pieces)
+        if same:
             yield None
             continue
-        expected = bytearray(idle)
-        for ip, code in calls.items():
+        expected = bytearray(_idle(text, tuple(subject.sites_in(text.address, _end(text)))))
+        for ip, code in own.items():
             expected[ip - text.address : ip - text.address + 5] = code
         yield from _compare(subject, "text_matches_records", "text differs", text.address, bytes(expected))
 
 
-def _is_as_expected(subject: Subject, address: int, idle: bytes, calls: Mapping[int, bytes]) -> bool:
-    """The text at `address` is `idle` but for the calls.
+def _calls_in(calls: Mapping[int, bytes], start: int) -> tuple[tuple[int, bytes], ...]:
+    """The calls that lie in the piece at an address, or reach into it."""
+    return tuple((ip, code) for ip, code in calls.items() if start - len(code) < ip < start + PIECE)
+
+
+def _is_as_expected(subject: Subject, text: Text, start: int, calls: tuple[tuple[int, bytes], ...]) -> bool:
+    """A piece of the text, `start` bytes behind its beginning, is idle but for the calls.
 
     Piece by piece: copies of all of a kernel's text at once would take longer than comparing it.
     """
-    by_piece: dict[int, list[tuple[int, bytes]]] = {}
-    for ip, code in calls.items():
-        at = ip - address
-        for piece in {at // PIECE, (at + len(code) - 1) // PIECE}:
-            by_piece.setdefault(piece, []).append((at, code))
+    size = min(PIECE, len(text.contents) - start)
+    address = text.address + start
+    sites = subject.sites_in(address - len(NOP5) + 1, address + size)
+    expected = bytearray(_idle_piece(text, start, size, tuple(sites)))
+    for ip, code in calls:
+        _put(expected, ip - address, code)
     try:
-        for start in range(0, len(idle), PIECE):
-            expected = idle[start : start + PIECE]
-            for at, code in by_piece.get(start // PIECE, ()):
-                first, last = max(at - start, 0), min(at - start + len(code), len(expected))
-                expected = expected[:first] + code[first + start - at : last + start - at] + expected[last:]
-            if subject.memory.read(address + start, len(expected)) != expected:
-                return False
+        return subject.memory.read(address, size) == expected
     except MemoryFault:
         return False
-    return True
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _idle_piece(text: Text, start: int, size: int, sites: tuple[int, ...]) -> bytes:
+    """A piece of the text with all its sites idle.  It is the same at each step."""
+    piece = bytearray(text.contents[start : start + size])
+    for ip in sites:
+        _put(piece, ip - text.address - start, NOP5)
+    return bytes(piece)
+
+
+def _put(piece: bytearray, at: int, code: bytes) -> None:
+    """Write code at an offset that may lie before the piece, and reach over its end."""
+    first, last = max(at, 0), min(at + len(code), len(piece))
+    piece[first:last] = code[first - at : last - at]
+
+
+@lru_cache(maxsize=8)
 def _idle(text: Text, sites: tuple[int, ...]) -> bytes:
-    """The text with all its sites idle.  It is the same at each step, and a kernel has 40,000 sites."""
+    """The text with all its sites idle."""
     contents = bytearray(text.contents)
     for ip in sites:
         contents[ip - text.address : ip - text.address + 5] = NOP5
@@ -91,21 +108,22 @@ def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
     invariant, ftrace, enabled = "records_match_ops", subject.ftrace, _is_enabled(subject)
     for damage in (*ftrace.record_damage, *ftrace.hash_damage):
         yield Finding(invariant, damage.what, damage.address, subject.place(damage.address))
-    for ip in sorted(subject.sites - ftrace.flags.keys()):
+    without, strange = _compared(subject.sites, ftrace.ips)
+    for ip in without:
         yield Finding(invariant, "a site of the file has no record", ip, subject.place(ip))
-    for ip in sorted(ftrace.flags.keys() - subject.sites):
+    for ip in strange:
         at = ftrace.record_at(ip)
         yield Finding(invariant, f"a record's ip is {ip:#x}, no site of a file", at, subject.place(at))
     wanted: dict[int, list[Any]] = {}
     for each in ftrace.ops:
         for ip in each.addresses:
             wanted.setdefault(ip, []).append(each.ops)
-    for ip in sorted(wanted.keys() - ftrace.flags.keys() - subject.sites):
+    for ip in sorted(ip for ip in wanted.keys() - subject.sites if ip not in ftrace.ips):
         yield Finding(invariant, f"an ops wants {ip:#x}, which is no site", ip, subject.place(ip))
-    busy = {ip for ip, flags in ftrace.flags.items() if flags} | (wanted.keys() & ftrace.flags.keys())
-    yield from repeat(None, len(ftrace.flags) - len(busy))
+    busy = ftrace.flags.keys() | {ip for ip in wanted if ip in ftrace.ips}
+    yield from repeat(None, len(ftrace.ips) - len(busy))
     for ip in sorted(busy):
-        flags = ftrace.flags[ip]
+        flags = ftrace.flags.get(ip, 0)
         expected = _flags(wanted.get(ip, []), enabled)
         if flags == expected:
             yield None
@@ -115,6 +133,12 @@ def records_match_ops(subject: Subject) -> Iterator[Finding | None]:
             f"the registered ops ask for {expected:#x} (count {ftrace_rec_count(expected)})"
         )
         yield value_finding(invariant, what, ip, subject.place(ip), expected, flags)
+
+
+@lru_cache(maxsize=16)
+def _compared(sites: frozenset[int], ips: frozenset[int]) -> tuple[list[int], list[int]]:
+    """The sites without a record, and the records of no site."""
+    return sorted(sites - ips), sorted(ips - sites)
 
 
 def trampolines_are_copies(subject: Subject) -> Iterator[Finding | None]:
@@ -192,7 +216,7 @@ def _called(subject: Subject) -> dict[int, int]:
         for ip in each.addresses:
             if each.ops.trampoline:
                 trampolines.setdefault(ip, each.ops.trampoline)
-            if ip not in ftrace.flags:
+            if ip not in ftrace.ips:
                 flags[ip] = _flags([other.ops for other in ftrace.ops if ip in other.addresses], True)
     called: dict[int, int] = {}
     for ip, flag in flags.items():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from elf.errors import KlpemuError
 from emu.memory import MemoryFault
+from emu.remembered import Remembered
 from patches.invariants.finding import Finding, Report
 from patches.invariants.lists import func_stacks_hold_the_patches, lists_are_well_formed, patches_are_listed
 from patches.invariants.log import log_agrees_with_the_patches
@@ -19,7 +20,7 @@ from patches.invariants.relocations import klp_relocations_are_right
 from patches.invariants.remains import heap_is_intact, nothing_remains, tasks_are_settled
 from patches.invariants.shadow import no_shadow_variable_remains, shadow_variables_are_hashed
 from patches.invariants.streams import calls_reach_the_expected_function
-from patches.invariants.subject import Subject
+from patches.invariants.subject import RememberingSubject, Subject
 from patches.invariants.sysfs import sysfs_shows_the_patches
 from patches.invariants.text import records_match_ops, text_matches_records, trampolines_are_copies
 
@@ -52,22 +53,47 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
-def verify(subject: Subject, step: str = "") -> Report:
-    """Check every invariant on one state; `step` is what the findings say happened last."""
-    checks: dict[str, int] = {}
-    findings: list[Finding] = []
-    for invariant in INVARIANTS:
-        name = invariant.__name__
-        checks[name] = 0
-        try:
-            for result in invariant(subject):
-                checks[name] += 1
-                if result is not None:
-                    findings.append(replace(result, step=step))
-        except KlpemuError as error:
-            checks[name] += 1
-            address = error.address if isinstance(error, MemoryFault) else 0
-            findings.append(
-                Finding(name, f"cannot be checked, {error.what}", address, error.where, step=step)
-            )
-    return Report(step, checks, tuple(findings))
+# What is remembered, in groups that read the same parts of a state.  The others are judged in less time than
+# it takes to note what they read.
+REMEMBERED: tuple[tuple[Invariant, ...], ...] = (
+    (text_matches_records, records_match_ops, trampolines_are_copies, ipmodify_is_exclusive),
+    (calls_reach_the_expected_function,),
+)
+
+# How many single checks were made, and what was found.
+Judgement = tuple[int, tuple[Finding, ...]]
+
+
+def verify(subject: Subject, step: str = "", remembered: Remembered | None = None) -> Report:
+    """Check every invariant on one state; `step` is what the findings say happened last.
+
+    With `remembered`, of the same address space, what was judged before is not judged again where all that it
+    was judged by is the same.
+    """
+    judged: dict[str, Judgement] = {}
+    if remembered is None:
+        judged = _judged(subject, *INVARIANTS)
+    else:
+        remembered.look()
+        watched = RememberingSubject.of(subject, remembered)
+        for together in REMEMBERED:
+            judged |= remembered.call(_judged, watched.afresh(), *together)
+        judged |= _judged(watched, *(each for each in INVARIANTS if each.__name__ not in judged))
+    checks = {each.__name__: judged[each.__name__][0] for each in INVARIANTS}
+    found = (finding for name in checks for finding in judged[name][1])
+    return Report(step, checks, tuple(replace(each, step=step) for each in found))
+
+
+def _judged(subject: Subject, *invariants: Invariant) -> dict[str, Judgement]:
+    """What the invariants say, by their names."""
+    return {each.__name__: _judgement(subject, each) for each in invariants}
+
+
+def _judgement(subject: Subject, invariant: Invariant) -> Judgement:
+    results: list[Finding | None] = []
+    try:
+        results.extend(invariant(subject))
+    except KlpemuError as error:  # what came before stays
+        address = error.address if isinstance(error, MemoryFault) else 0
+        results.append(Finding(invariant.__name__, f"cannot be checked, {error.what}", address, error.where))
+    return len(results), tuple(each for each in filter(None, results))

@@ -24,7 +24,7 @@ def entries(subject: Subject, head: int, struct: str, member: str) -> list[int]:
     if not whole:
         backwards, _ = _walk(subject, head, PREV)
         known = set(forwards)
-        forwards += [at for at in reversed(backwards) if at not in known]
+        forwards = [*forwards, *(at for at in reversed(backwards) if at not in known)]
     return [at - offset for at in forwards]
 
 
@@ -44,10 +44,15 @@ def broken_links(subject: Subject, head: int) -> Iterator[Break]:
 
 
 def _walk(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]:
-    """Nodes in one direction while each agrees with the link back; True if that led back to the head.
+    """Nodes in one direction while each agrees with the link back; True if that led back to the head."""
+    known = subject.walked.get((head, direction))
+    if known is None:
+        known = subject.walked[head, direction] = _followed(subject, head, direction)
+    return known
 
-    This ends: a node that came up twice would have to agree with two different links back.
-    """
+
+def _followed(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]:
+    """This ends: a node that came up twice would have to agree with two different links back."""
     found: list[int] = []
     at = head
     try:

@@ -3,7 +3,7 @@
 from machines import count_of, registered
 
 from emu.machine import Machine
-from emu.stream import execute_stream, trace_call, undone
+from emu.stream import execute_and_undo, execute_stream, trace_call, undone
 
 
 def test_a_stream_ends_before_the_first_instruction_of_what_it_stops_at(machine: Machine) -> None:
@@ -30,6 +30,17 @@ def test_what_is_undone_leaves_no_trace_in_memory(machine: Machine) -> None:
         execute_stream(machine, machine.symbol("area_of"), machine.return_address)
         assert count_of(machine, ops) == 1
     assert before.changed(machine.space.snapshot()) == []
+
+
+def test_a_stream_that_is_undone_leaves_no_trace_in_memory_nor_in_the_page_tables(machine: Machine) -> None:
+    ops = registered(machine, ["area_of"])
+    used, _ = machine.space.arena.in_use()
+    before = machine.space.arena.bytes[: used.stop]
+    stream = execute_and_undo(machine, machine.symbol("area_of"), machine.symbol("area_of") + 5)
+    assert stream.reached
+    assert stream.stores, "the trampoline saves registers"
+    assert machine.space.arena.bytes[: used.stop] == before
+    assert count_of(machine, ops) == 0
 
 
 def test_a_trace_is_every_instruction_of_the_call_and_its_result(machine: Machine) -> None:

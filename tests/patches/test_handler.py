@@ -8,7 +8,7 @@ import pytest
 from livepatches import Raw, fix_area
 
 from emu.assembly import Instruction
-from emu.stream import Stream, undone
+from emu.stream import Stream, execute_stream, undone
 from klpemu import Kernel
 from patches.handler import KLP_UNDEFINED
 
@@ -87,9 +87,7 @@ def test_the_handler_gives_back_its_recursion_bit_and_preempt_count(
 
 def run_to(kernel: Kernel, address: int) -> Stream:
     """Execute a call of area_of up to an instruction; what it wrote stays until `undone` ends."""
-    execute = kernel.subject().execute
-    assert execute is not None
-    stream = execute(kernel.address_of("area_of"), address)
+    stream = execute_stream(kernel.machine, kernel.address_of("area_of"), address)
     assert stream.reached
     return stream
 

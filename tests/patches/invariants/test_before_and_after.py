@@ -2,15 +2,19 @@
 
 from dataclasses import fields, replace
 
+import pytest
 from livepatches import Raw, fix_area, fix_area2
 
+from emu.errno import KernelErrno
 from klpemu import Kernel
+from klpemu.ftrace_users import FtraceUsers
 from patches.invariants.before_and_after import (
     RestoredText,
     State,
     failures_leave_the_state_before,
     state_of,
 )
+from patches.invariants.relocations import fields_for_modules
 
 
 def changed(before: State, after: State) -> set[str]:
@@ -38,6 +42,24 @@ def test_a_kernel_is_in_the_same_state_once_a_patch_has_come_and_gone(kernel: Ke
 def test_one_byte_of_text_is_a_change(kernel: Kernel, raw: Raw) -> None:
     before = state_of(kernel.subject())
     raw.flip(kernel.address_of("measure") + 8)
+    assert changed(before, state_of(kernel.subject())) == {"text"}
+
+
+def test_what_a_klp_relocation_has_left_in_a_patch_is_no_change(kernel: Kernel, raw: Raw) -> None:
+    kernel.insmod("builtin:klp_lamp.ko")
+    before = state_of(kernel.subject())
+    kernel.machine.slab.fails = lambda tag: "ftrace_hash" in tag
+    with pytest.raises(KernelErrno, match="ENOMEM"):
+        kernel.load_module("builtin:lamp.ko")
+    kernel.machine.slab.fails = lambda tag: False
+    assert changed(before, state_of(kernel.subject())) == set()
+    (loaded,) = kernel.subject().livepatches
+    in_text = [
+        at
+        for at in fields_for_modules(loaded)
+        if any(text.address < at < text.address + len(text.contents) for text in loaded.texts)
+    ]
+    raw.flip(in_text[0] - 1)
     assert changed(before, state_of(kernel.subject())) == {"text"}
 
 
@@ -74,3 +96,20 @@ def test_a_patch_on_top_changes_no_text(kernel: Kernel) -> None:
     kernel.enable(fix_area2())
     after = state_of(kernel.subject())
     assert set(before.text) <= set(after.text)
+
+
+def test_what_stays_of_a_tracer_that_went_while_ftrace_was_off_is_no_change(kernel: Kernel, raw: Raw) -> None:
+    """ftrace_shutdown() changes no text then, and ftrace_call keeps its call."""
+    restored, tracers = RestoredText(), FtraceUsers(kernel)
+    list(restored.check(kernel.subject()))
+    tracers.register("counter", ["area_of"])
+    kernel.write("/proc/sys/kernel/ftrace_enabled", "0")
+    list(restored.check(kernel.subject()))
+    tracers.unregister("counter")
+    results = list(restored.check(kernel.subject()))
+    assert results == [None] * len(results) != []
+    kernel.write("/proc/sys/kernel/ftrace_enabled", "1")
+    assert kernel.verify().holds
+    assert not any(restored.check(kernel.subject()))
+    raw.flip(kernel.address_of("ftrace_stub") + 1)
+    assert any(restored.check(kernel.subject()))
