@@ -26,11 +26,10 @@ class HappensBefore:
         self._read: dict[Hashable, int] = {}
         self._everything = 0  # the last step that depends on all before it, and all behind it on it
 
-    def step(self, task: Hashable, footprint: Footprint, now: int) -> None:
-        """The task has made a step, in jiffy `now`."""
+    def step(self, task: Hashable, footprint: Footprint, now: int) -> int:
+        """The task has made a step, in jiffy `now`; returns its number."""
         if footprint.everything:
-            self.barrier(task)
-            return
+            return self.barrier(task)
         written, read = self._written, self._read
         found = self._everything + (hash((5, now)) if footprint.time else 0)
         for each in footprint.reads:
@@ -43,14 +42,16 @@ class HappensBefore:
             read[each] = read.get(each, 0) + hash((3, number)) & _MASK
         for each in footprint.writes:
             written[each] = number
+        return number
 
-    def barrier(self, task: Hashable) -> None:
-        """The task has made a step that may touch everything."""
+    def barrier(self, task: Hashable) -> int:
+        """The task has made a step that may touch everything; returns its number."""
         number = hash((4, task, self.state()))
         self._last = {task: number}
         self._written.clear()
         self._read.clear()
         self._everything = number
+        return number
 
     def state(self) -> int:
         """A number for the state that the run is in."""

@@ -20,14 +20,14 @@ from typing import Any, Final
 
 from emu.footprint import Recorder
 
-__all__ = ["Tracking"]
+__all__ = ["LEFT_OUT", "Tracking"]
 
 _ROOMS: Final = ("emu", "patches", "klpemu")
 _SCALARS: Final = (int, str, bytes, float, bool, type(None), type, Enum, BaseException, types.ModuleType)
 
 # Neither they nor what they hold decides what a task does next: registers and memory (which are recorded
 # otherwise), what is only told, virtual time (whose passing counts as touching everything).
-_LEFT_OUT: Final = (
+LEFT_OUT: Final = (
     *("VCpu", "Arena", "AddressSpace", "RecordingSpace", "Recorder", "EventTrace", "FlightRecorder"),
     *("Timers", "RecordingTimers", "Timeline", "Scenario", "Layouts", "Unwinder", "Image", "Struct"),
 )
@@ -49,6 +49,14 @@ _TAKE: Final = frozenset(
         "add",
     )
 )
+# What gives a service more than it returns.
+_ALL_OF_IT: Final = frozenset(
+    (
+        *("__iter__", "__reversed__", "items", "values", "keys", "copy", "sort"),
+        *("__eq__", "__le__", "__ge__", "__add__", "__or__", "__ror__", "__and__", "__rand__"),
+        *("__sub__", "__rsub__", "union", "difference", "intersection"),
+    )
+)
 
 
 class Tracking:
@@ -59,6 +67,10 @@ class Tracking:
         self._classes: dict[type, type] = {}
         self._seen: dict[int, Any] = {}  # by id of what was there before; it also keeps that alive
         self._containers = _containers(recorder, self.track)
+
+    def known(self) -> list[Any]:
+        """All that was met so far, in the order in which that happened."""
+        return [new for _, new in self._seen.values()]
 
     def track(self, root: Any) -> Any:
         """What to use in place of `root`: itself, or its tracked copy if it is a container."""
@@ -80,11 +92,13 @@ class Tracking:
             new = tracked(value, value.maxlen) if kind is deque else tracked(value)
             self._seen[id(value)] = (value, new)
             self._seen[id(new)] = (new, new)
+            self._recorder.met(id(new))
             waiting.append(new)
             return new
         self._seen[id(value)] = (value, value)
+        self._recorder.met(id(value))
         if kind.__module__.split(".")[0] in _ROOMS:
-            if not any(each.__name__ in _LEFT_OUT for each in kind.__mro__):
+            if not any(each.__name__ in LEFT_OUT for each in kind.__mro__):
                 waiting.append(value)
         elif isinstance(value, tuple | types.FunctionType | types.MethodType | partial):
             waiting.append(value)
@@ -169,18 +183,23 @@ def _tracked_class(kind: Any, recorder: Recorder, track: Callable[[Any], Any]) -
         if now is not None and name not in constant:
             now.reads.add((id(self), name))
             value = kind.__getattribute__(self, name)
+            recorder.see(value)
             if isinstance(value, set):  # set(value) does not ask it for its members
                 now.reads.add((id(value),))
+                if recorder.sees:
+                    recorder.see(str(sorted(map(recorder.shown, set.__iter__(value)))))
             return value
         return kind.__getattribute__(self, name)
 
     def store(self: Any, name: str, value: Any) -> None:
-        now = recorder.now
-        if now is not None and name not in constant:
-            now.writes.add((id(self), name))
+        if name not in constant:
+            part = (id(self), name)
+            recorder.changes(part)
+            if recorder.now is not None:
+                recorder.now.writes.add(part)
         kind.__setattr__(self, name, value if name in _PRIVATE else track(value))
 
-    body = {"__slots__": (), "__getattribute__": get, "__setattr__": store}
+    body = {"__slots__": (), "__getattribute__": get, "__setattr__": store, "is_tracked_": True}
     return type(kind.__name__, (kind,), body | {"__module__": kind.__module__})
 
 
@@ -191,16 +210,47 @@ def _containers(recorder: Recorder, track: Callable[[Any], Any]) -> dict[type, A
         return (id(container), *key)
 
     def wrapped(name: str, method: Any, touch: Callable[[Any, tuple[Any, ...]], None]) -> Any:
-        takes = name in _TAKE
+        takes, all_of_it = name in _TAKE, name in _ALL_OF_IT
+        is_store = touch not in (reads, looks_up, goes_through)
 
         def wrapper(self: Any, *arguments: Any, **named: Any) -> Any:
-            if recorder.now is not None:
-                touch(self, arguments)
+            part = (id(self),)
+            if is_store:
+                recorder.changes(part)
+            if recorder.now is None:
+                if takes and arguments:
+                    arguments = (*arguments[:-1], track(arguments[-1]))
+                return method(self, *arguments, **named)
+            touch(self, arguments)
             if takes and arguments:
                 arguments = (*arguments[:-1], track(arguments[-1]))
-            return method(self, *arguments, **named)
+            if not recorder.sees:
+                return method(self, *arguments, **named)
+            try:
+                result = method(self, *arguments, **named)
+            except (LookupError, ValueError) as error:
+                recorder.see(type(error).__name__)
+                raise
+            if not all_of_it:
+                recorder.see(result)
+            elif part in recorder.ever_changed:
+                see_all(self)
+            return result
 
         return wrapper
+
+    def see_all(container: Any) -> None:
+        shown = recorder.shown
+        match container:
+            case dict():
+                found = [shown(each) for pair in dict.items(container) for each in pair]
+            case set():
+                found = sorted(map(shown, set.__iter__(container)))
+            case list():
+                found = [*map(shown, list.__iter__(container))]
+            case _:
+                found = [*map(shown, deque.__iter__(container))]
+        recorder.see(str(found))
 
     def reads(self: Any, _arguments: tuple[Any, ...]) -> None:
         assert recorder.now is not None
@@ -245,7 +295,7 @@ def _containers(recorder: Recorder, track: Callable[[Any], Any]) -> dict[type, A
             for name in names.split()
             if hasattr(kind, name)
         }
-        return type(f"Tracked{kind.__name__}", (kind,), {"__slots__": (), **body})
+        return type(f"Tracked{kind.__name__}", (kind,), {"__slots__": (), "is_tracked_": True, **body})
 
     sequence = {
         "__iter__ __getitem__ __len__ __contains__ __reversed__ index count copy __eq__ __add__": reads,

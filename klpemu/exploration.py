@@ -3,21 +3,23 @@
 import gc
 import os
 import select
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 from elf.errors import KlpemuError
 from emu.machine import Machine
 from klpemu.explorer import Bounds, Explorer, Failure, Outcome
 from klpemu.forked import Forked
-from klpemu.scenario import Scenario
-from klpemu.step_runner import StepRunner
+from klpemu.kernel import Kernel
+from klpemu.scenario import Scenario, Step
+from klpemu.step_runner import StepResult, StepRunner
 from klpemu.watched_schedule import WatchedSchedule
 from patches.variants import variants
 
-__all__ = ["Explored", "Progress", "explore", "failing_scenario"]
+__all__ = ["Explored", "Performs", "Progress", "explore", "explored", "failing_scenario"]
 
 POLL_SECONDS: Final = 0.1
 STEP_SUCCEEDS: Final = "the_step_succeeds"
@@ -57,6 +59,22 @@ class Explored:
         return self.failure is None
 
 
+class Performs(Protocol):
+    """Whoever performs the steps of a scenario on a kernel (`StepRunner`)."""
+
+    kernel: Kernel
+
+    def perform(self, step: Step) -> StepResult:
+        """Perform a step and verify."""
+        ...
+
+    def judged(self) -> tuple[object, ...]:
+        """What steps are judged by that is neither the kernel nor its log."""
+        ...
+
+    def _watched(self) -> None: ...
+
+
 def explore(
     scenario: Scenario,
     bounds: Bounds = Bounds(),  # noqa: B008  (it is frozen)
@@ -76,15 +94,26 @@ def explore(
         runner = StepRunner(scenario)
         runner.boot()
         machine = runner.kernel.machine
-        explorer = Explorer(
-            machine,
-            (runner,),
-            bounds,
-            reduce=reduce,
-            final_state=None if final_state is None else lambda: final_state(machine),
-        )
-        machine.hub.schedule = WatchedSchedule(explorer, runner._watched)
-        return _explore(scenario, runner, explorer, progress)
+        final = None if final_state is None else partial(final_state, machine)
+        return explored(scenario, runner, bounds, reduce=reduce, final_state=final, progress=progress)
+
+
+def explored(
+    scenario: Scenario,
+    runner: Performs,
+    bounds: Bounds,
+    *,
+    reduce: bool = True,
+    final_state: Callable[[], Any] | None = None,
+    progress: Callable[[Progress], bool] = lambda progress: True,
+) -> Explored:
+    """The same for steps that anybody performs, on a kernel that is there."""
+    machine = runner.kernel.machine
+    explorer = Explorer(
+        machine, (runner,), bounds, reduce=reduce, judged=runner.judged, final_state=final_state
+    )
+    machine.hub.schedule = WatchedSchedule(explorer, runner._watched)
+    return _explore(scenario, runner, explorer, progress)
 
 
 def failing_scenario(explored: Explored) -> Scenario:
@@ -102,7 +131,7 @@ def _unscheduled(scenario: Scenario) -> Scenario:
 
 
 def _explore(
-    scenario: Scenario, runner: StepRunner, explorer: Explorer, progress: Callable[[Progress], bool]
+    scenario: Scenario, runner: Performs, explorer: Explorer, progress: Callable[[Progress], bool]
 ) -> Explored:
     counters, bounds = explorer.counters, explorer.bounds
     schedules: list[float] = []
@@ -116,7 +145,11 @@ def _explore(
         if forked.is_child:
             gc.disable()
             explorer.begin(forked, preemptions)
-            _run(scenario, runner, explorer)
+            try:
+                _run(scenario, runner, explorer)
+            except BaseException:  # in whichever of the processes: none may go on as if it was the first
+                traceback.print_exc()
+                os._exit(1)
         outcome = _outcome(forked, explorer, partial(_goes_on, explorer, progress, preemptions, length))
         failure = outcome.failure
         if failure is not None or counters["stop"]:
@@ -163,7 +196,7 @@ def _outcome(forked: Forked, explorer: Explorer, goes_on: Callable[[], bool]) ->
     return outcome
 
 
-def _run(scenario: Scenario, runner: StepRunner, explorer: Explorer) -> NoReturn:
+def _run(scenario: Scenario, runner: Performs, explorer: Explorer) -> NoReturn:
     """One run of the scenario, in the first process or in any that was forked on the way."""
     for number, step in enumerate(scenario.steps):
         explorer.begin_step(number)

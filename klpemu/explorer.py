@@ -1,8 +1,8 @@
 """All schedules with a bounded number of preemptions, one process for each way to go on.
 
-The explorer is a schedule: it lets a task go on until that waits or is done, and at each point where another
-one could go on it forks.  The child takes the other way and runs to the end of the scenario; meanwhile the
-parent waits, and goes on when it has heard what the child has found.  So nothing is ever executed twice.
+The explorer is a schedule: it lets a task go on until that waits or is done, and forks where another one
+could go on.  The child takes the other way and runs to the end of the scenario; then the parent goes on with
+what the child has found.  So nothing is ever executed twice.
 
 A preemption is a switch from a task that could have gone on.  Who follows one that waits, or is done, is free
 to choose: that costs none.
@@ -12,7 +12,7 @@ Left out is what comes to the same as something else:
 - The alternative of a point, if the same one was explored at an earlier point of the same uninterrupted run
   of a task, and all that the task has done since commutes with everything that the others did in the
   alternative before the task went on.
-- What follows a state that was reached before with as many preemptions left (emu/happens_before.py).
+- What follows a state that was reached before with as many preemptions left (emu/same_state.py).
 
 Virtual time passes with every step.  As long as no jiffy ends on the way, or nobody looks, that does not
 matter.
@@ -22,10 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NoReturn
 
+from elf.errors import KlpemuError
 from emu.footprint import Footprint, Recorder
 from emu.happens_before import HappensBefore
 from emu.machine import Machine
-from emu.task import GuestCall, Service, Task
+from emu.same_state import SameState
+from emu.task import Activity, GuestCall, Service, Task
 from emu.timer import JIFFY_INSTRUCTIONS
 from emu.tracked import Tracking
 from klpemu.explored_states import Counters, ExploredStates
@@ -38,6 +40,8 @@ __all__ = ["COUNTED", "Bounds", "Explorer", "Failure", "Outcome"]
 COUNTED: Final = ("runs", "merged", "left_out", "picks", "position", "stop")
 # A task that does not end must not keep the others away: so many picks, and it is the next one's turn.
 PATIENCE: Final = JIFFY_INSTRUCTIONS
+# A task that is alone looks so often, in turns of its own, whether another run has been here.
+LOOKS_EVERY: Final = 8
 # Guest code in which each instruction is a point, beside trampolines and entries of functions with a site.
 REDIRECTING: Final = ("klp_ftrace_handler", "arch_ftrace_ops_list_func")
 
@@ -105,7 +109,8 @@ class _Branch:
 class Explorer:
     """The schedule, in each of the processes.
 
-    `roots` are what services share, beside the machine.  With `reduce` False nothing is left out.
+    `roots` are what services share, beside the machine, and `judged` gives what the host goes by beyond that.
+    With `reduce` False nothing is left out.
     `final_state` says what a run has come to; what it has returned comes with the outcome.
     """
 
@@ -118,6 +123,7 @@ class Explorer:
         bounds: Bounds,
         *,
         reduce: bool = True,
+        judged: Callable[[], Any] = lambda: None,
         final_state: Callable[[], Any] | None = None,
     ) -> None:
         self.bounds = bounds
@@ -139,27 +145,47 @@ class Explorer:
         self._asleep: dict[Task, Interval] = {}
         self._candidates: list[Task] = []
         self._last: Task | None = None
+        self._turns: dict[Task, int] = {}
         self._in_a_row = 0
         self._order = HappensBefore()
         self._step: Footprint | None = None
         self._clock = machine.timers.executed
-        self._recorder: Recorder | None = None
+        self._same: SameState | None = None
+        self._service: Service | None = None
+        self._host = 0  # where the host stands that drives the hub, and what it has seen
         if reduce:
-            self._record(roots)
+            self._record(roots, judged)
 
-    def _record(self, roots: Sequence[object]) -> None:
+    def _record(self, roots: Sequence[object], judged: Callable[[], Any]) -> None:
         """Record what each step touches, and what is looked at to see who can go on behind it."""
         machine = self._machine
-        recorder = self._recorder = Recorder(machine)
+        recorder = Recorder(machine)
         tracking = Tracking(recorder)
         for root in (machine, *roots):
             tracking.track(root)
+        self._same = SameState(machine, recorder, tracking, judged)
         advance, candidates = machine.hub.advance, machine.sched.candidates
+        run, finish = machine.hub.run, machine.hub.finish
 
         def recorded_advance(task: Task, instructions: int | None = None) -> None:
+            top = task.top
+            self._service = top if isinstance(top, Service) else None
             self._step = Footprint()
             with recorder.into(self._step):
                 advance(task, instructions)
+
+        def known_run(until: Callable[[], bool], finishing: Task, deadline: int | None = None) -> None:
+            self._host = hash((self._host, "run", deadline, machine.timers.now))
+            run(until, finishing, deadline)
+
+        def known_finish(task: Task, activity: Activity) -> Any:
+            try:
+                result = finish(task, activity)
+            except KlpemuError as error:
+                self._host = hash((self._host, str(error)))
+                raise
+            self._host = hash((self._host, repr(result)))
+            return result
 
         def recorded_candidates() -> list[Task]:
             step = self._step
@@ -169,6 +195,8 @@ class Explorer:
                 return candidates()
 
         machine.hub.__dict__["advance"] = recorded_advance
+        machine.hub.__dict__["run"] = known_run
+        machine.hub.__dict__["finish"] = known_finish
         machine.sched.__dict__["candidates"] = recorded_candidates
 
     def _is_awaited(self) -> bool:
@@ -191,6 +219,8 @@ class Explorer:
         """A step of the scenario begins: what was before is judged, and that looks at everything."""
         self._finish_pick()
         self._step_number = number
+        machine = self._machine
+        self._host = hash((number, len(machine.log.lines), len(machine.warnings), machine.timers.now))
         self._order.barrier(("step", number))
         self._touch_everything()
 
@@ -226,6 +256,9 @@ class Explorer:
             self._asleep.clear()
         if len(tasks) > 1 and (not goes_on or self._is_point(default)):
             return self._take(self._branch(tasks, default, goes_on), tasks)
+        # Where a run looks must not depend on the way that it has come.
+        if len(tasks) == 1 and not self._turns.get(default, 0) % LOOKS_EVERY:
+            self._branches.append(self._here())
         return self._take(default, tasks)
 
     def _take(self, task: Task, tasks: Sequence[Task]) -> tuple[Task, int | None]:
@@ -233,6 +266,7 @@ class Explorer:
             self._asleep.clear()
             self._in_a_row = 0
         self._in_a_row += 1
+        self._turns[task] = self._turns.get(task, 0) + 1
         self._last = task
         number = [each for each in tasks if each.name == task.name].index(task) + 1
         name = task.name if number == 1 else f"{task.name}#{number}"
@@ -258,15 +292,21 @@ class Explorer:
         site = self._machine.ftrace.ftrace_location(symbol.address)
         return bool(site) and symbol.address <= rip <= site
 
+    def _here(self) -> _Branch:
+        """The state, without number if nobody looks; this does not return if it was explored before."""
+        # While a task is preempted it is not known yet what the others will have touched until it goes on.
+        if self._same is None or any(each.is_open for _, each in self._intervals):
+            return _Branch(0, [0.0] * (self._left + 1), [0.0] * (self._left + 1))
+        state = hash((self._same.number(), self._host, _key(self._last))) & (1 << 64) - 1
+        known = self.states.find(state, self._left)
+        if known is not None:
+            self.counters["merged"] += 1
+            self._end(known)
+        return _Branch(state, [0.0] * (self._left + 1), [0.0] * (self._left + 1))
+
     def _branch(self, tasks: Sequence[Task], default: Task, goes_on: bool) -> Task:
         """Let others go the other ways; returns which way this process goes."""
-        state = hash((self._order.state(), self._key(self._last))) & (1 << 64) - 1
-        if self._reduce:
-            known = self.states.find(state, self._left)
-            if known is not None:
-                self.counters["merged"] += 1
-                self._end(known)
-        branch = _Branch(state, [0.0] * (self._left + 1), [0.0] * (self._left + 1))
+        branch = self._here()
         self._branches.append(branch)
         if goes_on and not self._left:
             return default
@@ -337,7 +377,9 @@ class Explorer:
         self._clock += spent
         if step is None:
             return
-        self._order.step(self._key(task), step, self._machine.timers.now)
+        number = self._order.step(_key(task), step, self._machine.timers.now)
+        assert self._same is not None
+        self._same.step(number, step, self._service)
         for preempted, interval in self._intervals:
             if preempted is task:
                 interval.is_open = False
@@ -353,9 +395,6 @@ class Explorer:
         for _, interval in self._intervals:
             interval.footprint.everything |= interval.is_open
         self._asleep.clear()
-
-    def _key(self, task: Task | None) -> tuple[str, int] | None:
-        return None if task is None else (task.name, task.struct)
 
     # The end.
 
@@ -373,7 +412,7 @@ class Explorer:
         self._touch_everything()
         for branch in reversed(self._branches):
             counts = [a + b + c for a, b, c in zip(counts, branch.preempting, branch.free, strict=True)]
-            if self._reduce:
+            if branch.state:
                 self.states.store(branch.state, counts)
         intervals = [interval for _, interval in self._intervals[: self._inherited]]
         self._reply(Outcome(counts, intervals, final_states=frozenset(self._final_states)))
@@ -381,6 +420,10 @@ class Explorer:
     def _reply(self, outcome: Outcome) -> NoReturn:
         assert self._forked is not None
         self._forked.reply(outcome)
+
+
+def _key(task: Task | None) -> tuple[str, int] | None:
+    return None if task is None else (task.name, task.struct)
 
 
 def _is_at_door(task: Task) -> bool:
