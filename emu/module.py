@@ -104,6 +104,8 @@ class ModuleLoader:
         self.klp_module_going: Callable[[int], None] = lambda module: None
         # The tracepoint: the module is complete, and its init function about to run.
         self.trace_module_load: Callable[[LoadedObject], None] = lambda module: None
+        # The tracepoint: nobody uses the module any more, and its memory is about to be freed.
+        self.trace_module_free: Callable[[LoadedObject], None] = lambda module: None
         # Whether something of the kernel still leads into a module whose init has failed.
         self.klp_leads_into: Callable[[int], bool] = lambda module: False
         # /sys/module.
@@ -373,6 +375,7 @@ class ModuleLoader:
         self.klp_module_going(loaded.struct)
         for layout in self._sites_by_layout(loaded):
             machine.ftrace.ftrace_release_mod(layout)
+        self.trace_module_free(loaded)
         self.mod_sysfs_teardown(loaded)
         module.state = ModuleState.UNFORMED
         module_unload_free(machine, module)

@@ -43,7 +43,8 @@ class EnabledPatches:
     """`enabled` are the patches that the core knows, oldest first, and those whose release is on its way.
 
     `established` are those that have been through their first transition.  `baseline` are the allocations
-    that no patch has made, `refused` why klp_enable_patch() has refused the last one, if it has.
+    that no patch has made, `refused` why klp_enable_patch() has refused the last one, if it has, and
+    `declared` what the livepatch module has declared that called it last.
     """
 
     def __init__(self, kernel: "Kernel") -> None:
@@ -53,6 +54,8 @@ class EnabledPatches:
         self.enabled: list[EnabledPatch] = []
         self.established: set[str] = set()
         self.refused: KlpemuError | None = None
+        self.declared: Patch | None = None
+        self._machine.modules.trace_module_free = self._about_to_free
         self.baseline = set(self.allocations())
         # What was allocated for the modules that go with their patches, by name.
         self.allocated: dict[str, set[int]] = {}
@@ -123,6 +126,7 @@ class EnabledPatches:
             if loaded is None:
                 raise KernelErrno(errno.EINVAL, f"the patch's module '{name}' is not loaded")
             patch, new_func = declared(self._klp, guest, loaded.path)
+            self.declared = patch
             self.watch(loaded, *new_func.values())
             core.klp_enable_patch(self._klp, guest)
         except KernelErrno as error:
@@ -139,8 +143,10 @@ class EnabledPatches:
         """
         gone = next(each for each in self.enabled if each.guest == guest)
         self.enabled.remove(gone)
-        if self._kernel.consistency is not None and not guest.forced:  # who was forced may still mix versions
-            self._kernel.consistency.forget_patch(gone.guest.address_)
+        consistency = self._kernel.consistency
+        # Who was forced may still mix versions.
+        if consistency is not None and (not guest.forced or consistency.forgives):
+            consistency.forget_patch(gone.guest.address_)
         if gone.stays:
             return
         allocated = self.allocated.pop(gone.patch.name)
@@ -148,14 +154,13 @@ class EnabledPatches:
             self.baseline |= allocated
         if self._machine.ftrace.disabled.get() or guest.forced:
             return
-        self.about_to_free(gone.module)
         gone.release()
         if self._machine.view("module", gone.module.struct).exit:
             self._machine.modules.delete_module(gone.patch.name)
         else:
             self._machine.modules.unload_module(gone.patch.name)
 
-    def about_to_free(self, loaded: LoadedObject) -> None:
+    def _about_to_free(self, loaded: LoadedObject) -> None:
         """A module's text goes: nobody may be in it."""
         if self._kernel.consistency is not None:
             for text in loaded.texts:

@@ -73,9 +73,6 @@ class Modprobe:
 
     def rmmod(self, name: str) -> None:
         """Remove a module: its exit function runs."""
-        loaded = self._modules.objects.get(name)
-        if loaded is not None and name and not module_refcount(self._view(loaded)):
-            self._patches.about_to_free(loaded)
         self._modules.delete_module(name)
         self._patches.baseline &= self._patches.allocations().keys()
 

@@ -234,3 +234,17 @@ def test_the_shadow_samples_leak_prevent_and_count(samples: Samples) -> None:
     # What was never attached to anything is lost; all else was given back.
     lost = [tag for _, tag in kernel.machine.slab.live.values() if " by " in tag]
     assert len(lost) == len(unfixed)
+
+
+def test_nobody_is_in_a_module_whose_exit_function_waits_for_its_work(
+    livepatch_modules: LivepatchModules,
+) -> None:
+    observed = Kernel.load(observe=True)
+    samples = Samples(observed, livepatch_modules)
+    samples.modprobe("livepatch_callbacks_busymod", "sleep_secs=3")
+    busy = "livepatch_callbacks_busymod: busymod_work_func"
+    assert samples.rmmod("livepatch_callbacks_busymod") == [
+        f"{busy} exit",
+        "livepatch_callbacks_busymod: livepatch_callbacks_mod_exit",
+    ]
+    observed.verify("removed").raise_for_findings()
