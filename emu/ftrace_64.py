@@ -19,14 +19,17 @@ from emu.view import Layouts
 __all__ = [
     "FTRACE_OPS_FL_STUB",
     "RECURSION_BITS",
+    "TRACE_COUNT",
     "append_entry_code",
     "append_list_func",
     "append_recursion_retry",
     "append_recursion_trylock",
+    "append_trace_count",
     "recursion_unlock",
 ]
 
 FTRACE_OPS_FL_STUB = 1 << 5
+TRACE_COUNT = "klpemu_trace_count"
 KERNEL_CS = 0x10  # arch/x86/include/asm/segment.h
 KERNEL_DS = 0x18
 RETURN_ADDRESS = 8
@@ -192,6 +195,12 @@ def append_list_func(code: Code, layouts: Layouts, percpu: dict[str, int], fixup
     append_recursion_retry(code, lock)
     code.jump("jmp", out)
     code.label("arch_ftrace_ops_list_func_end")
+
+
+def append_trace_count(code: Code, layouts: Layouts) -> None:
+    """Append a tracer for images that bring none: it adds one to what `private` of its ops points to."""
+    private = layouts.offsetof("ftrace_ops", "private")
+    code.align(16).label(TRACE_COUNT).asm(f"mov rax, [rdx + {private}]\n inc qword ptr [rax]\n ret")
 
 
 class _Frame:

@@ -24,10 +24,11 @@ from patches.invariants.reachable import IN_USE
 from patches.invariants.replacement import STAY
 from patches.invariants.verify import INVARIANTS as OF_ONE_STATE
 
-__all__ = ["INVARIANTS", "TASK_WORDS", "Expectations", "is_task_word"]
+__all__ = ["ERROR", "INVARIANTS", "TASK_WORDS", "Expectations", "is_task_word"]
 
 UNCHANGED: Final = failures_leave_the_state_before.__name__
 WARNS: Final = "the_kernel_does_not_warn"
+ERROR: Final = "error_is_the_expected_one"
 _OF_A_TIME: Final = (MIXED, LEFT, FREED, FETCH, STAY, PINS, IN_USE, WARNS, UNCHANGED, RESTORES)
 INVARIANTS: Final = (*(each.__name__ for each in OF_ONE_STATE), *_OF_A_TIME)
 TASK_WORDS: Final = ("patched", "unpatched", "in FUNCTION", "exited")
@@ -63,7 +64,7 @@ class Expectations:
         step = self._step
         if step.error:
             found = "nothing failed" if error is None else shown(error)
-            self._check("error_is_the_expected_one", _is_expected(error, step.error), found, step.error)
+            self._check(ERROR, _is_expected(error, step.error), found, step.error)
         if step.log is not None:
             self._check("log_is_the_expected_one", step.log == log, list(log), list(step.log))
         if error is not None:

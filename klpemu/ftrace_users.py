@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from emu.errno import KernelErrno
+from emu.ftrace_64 import TRACE_COUNT
 from emu.ftrace_hash import free_ftrace_hash
 from emu.ftrace_rec import FtraceBug
 from klpemu.kernel import Kernel
 
 __all__ = ["FtraceUsers"]
 
-CALLBACK = "trace_count"  # guest code of the built-in kernel: it adds one to what ops->private points to
+# Guest code that adds one to what ops->private points to.  A linked image's `trace_count` is something else.
+CALLBACKS = (TRACE_COUNT, "trace_count")
 
 
 class FtraceUsers:
@@ -21,19 +23,25 @@ class FtraceUsers:
         self._kernel = kernel
         self._ops: dict[str, Any] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The tracers that are registered."""
+        return list(self._ops)
+
     def register(self, name: str, functions: Sequence[str]) -> None:
         """Have a tracer of that name called for every call of the functions; EEXIST if there is one."""
         if name in self._ops:
             raise KernelErrno(errno.EEXIST, f"there is a tracer '{name}' already")
         sites = [self._kernel.address_of(each) for each in functions]
         machine, patches = self._kernel.machine, self._kernel.patches
+        symbols = machine.vmlinux.symbols
 
         def register() -> None:
             before = patches.live()
             size = machine.layouts.sizeof("ftrace_ops")
             ops = machine.view("ftrace_ops", machine.slab.kzalloc(size, f"ftrace_ops of {name}"))
             try:
-                ops.func = machine.symbol(CALLBACK)
+                ops.func = next(symbols[each] for each in CALLBACKS if each in symbols)
                 ops.private = machine.slab.kzalloc(8, f"counter of {name}")
                 for site in sites:
                     machine.ftrace.ftrace_set_filter_ip(ops, site, remove=False)

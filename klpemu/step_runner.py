@@ -116,6 +116,15 @@ class StepRunner:
                     self._start(task)
         self._let_decide()
 
+    @property
+    def tracers(self) -> list[str]:
+        """The names of the other users of ftrace that are registered."""
+        return self._ftrace_users.names
+
+    def name_of(self, target: str) -> str:
+        """What the patch is called that a step names: once it was loaded, as its modinfo says."""
+        return self._names.get(target, target)
+
     def boot(self) -> StepResult:
         """Verify the kernel before anything is done to it."""
         step = Step(Action.BOOT)
@@ -214,7 +223,7 @@ class StepRunner:
         if isinstance(error, GuestFault | FtraceBug):
             expectations.fails("the_guest_goes_on", whose + error.what)
         else:
-            raise self._placed(step, error)
+            raise self._placed(step, error) from error
         return error
 
     def _call(self, step: Step) -> tuple[int, CallTrace | None]:
@@ -254,13 +263,13 @@ class StepRunner:
         unregister(self.kernel, step.target)
 
     def _disable(self, step: Step) -> None:
-        self.kernel.disable(self._names.get(step.target, step.target))
+        self.kernel.disable(self.name_of(step.target))
 
     def _reverse(self, step: Step) -> None:
-        self.kernel.reverse(self._names.get(step.target, step.target))
+        self.kernel.reverse(self.name_of(step.target))
 
     def _force(self, step: Step) -> None:
-        self.kernel.force(self._names.get(step.target, step.target))
+        self.kernel.force(self.name_of(step.target))
 
     def _spawn(self, step: Step) -> None:
         self._start(self.scenario.tasks[step.target])
@@ -349,6 +358,11 @@ class StepRunner:
 
     def _tasks(self) -> TaskPicture | None:
         return None if self.timeline is None else task_picture(self.kernel, self.timeline)
+
+    def judged(self) -> tuple[object, ...]:
+        """What steps are judged by beside the kernel and its log: tasks, and how they have switched."""
+        timeline = self.timeline
+        return () if timeline is None else (timeline.tasks, timeline.how, timeline._version)
 
     def _whose(self) -> str:
         """The task whose program has failed since the last step: what a step calls itself is nobody's."""

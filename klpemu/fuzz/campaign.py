@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from elf.errors import KlpemuError
 from klpemu.fuzz.corpus import Corpus
+from klpemu.fuzz.coverage import EDGE, STATE, counted
 from klpemu.fuzz.search import Found, Search
 from klpemu.scenario import Scenario
 from patches.variants import variants
@@ -40,12 +41,13 @@ class Plan:
 
 @dataclass(slots=True)
 class State:
-    """How far a campaign is; `covered` counts distinct states, edges and events of all jobs."""
+    """How far a campaign is; `covered` counts all that any job has reached, states and edges included."""
 
     runs: int = 0
     steps: int = 0
     executed: int = 0
     states: int = 0
+    edges: int = 0
     covered: int = 0
     entries: int = 0
     found: list[Found] = field(default_factory=list)
@@ -65,7 +67,6 @@ class _Told:
     runs: int
     steps: int
     executed: int
-    states: frozenset[int]
     reached: frozenset[int]
     entries: int
     found: tuple[Found, ...]
@@ -88,14 +89,14 @@ class Campaign:
     def run(self, watch: Callable[[State], None] = lambda state: None) -> State:
         """Search; `watch` is called several times a second."""
         began = time.monotonic()
-        reached, states = set[int](), set[int]()
+        reached = set[int]()
         with _processes(self.plan) as pipes:
             waiting = dict(pipes)
             while waiting:
                 for pipe in wait(list(waiting), timeout=TELLING):
                     assert isinstance(pipe, Connection)
                     try:
-                        self._take(pipe.recv(), reached, states)
+                        self._take(pipe.recv(), reached)
                     except (EOFError, OSError):
                         process = waiting.pop(pipe)
                         process.join()
@@ -116,16 +117,18 @@ class Campaign:
             or (plan.stop_at_finding and bool(state.found))
         )
 
-    def _take(self, told: _Told, reached: set[int], states: set[int]) -> None:
+    def _take(self, told: _Told, reached: set[int]) -> None:
         state = self.state
         state.runs += told.runs
         state.steps += told.steps
         state.executed += told.executed
         state.entries += told.entries
         state.found += told.found
-        reached |= told.reached
-        states |= told.states
-        state.covered, state.states = len(reached), len(states)
+        new = told.reached - reached
+        reached |= new
+        state.covered += len(new)
+        state.states += counted(new, STATE)
+        state.edges += counted(new, EDGE)
         if told.error:
             state.lost.append(told.error)
 
@@ -159,7 +162,7 @@ def _work(plan: Plan, job: int, pipe: Connection) -> None:
         with variants(plan.world.variants):
             _search(plan, job, pipe, share)
     except KlpemuError as error:
-        _send(pipe, _Told(0, 0, 0, frozenset(), frozenset(), 0, (), str(error)))
+        _send(pipe, _Told(0, 0, 0, frozenset(), 0, (), str(error)))
     pipe.close()
 
 
@@ -190,25 +193,23 @@ class _Teller:
         self._tally, self._pipe = search.tally, pipe
         self._runs = self._steps = self._executed = self._entries = 0
         self._reached: frozenset[int] = frozenset()
-        self._states: frozenset[int] = frozenset()
 
     def __call__(self, found: tuple[Found, ...]) -> None:
         tally = self._tally
-        reached, states = frozenset(tally.reached), frozenset(tally.states)
+        reached = frozenset(tally.reached)
         _send(
             self._pipe,
             _Told(
                 tally.runs - self._runs,
                 tally.steps - self._steps,
                 tally.executed - self._executed,
-                states - self._states,
                 reached - self._reached,
                 tally.entries - self._entries,
                 found,
             ),
         )
         self._runs, self._steps, self._executed = tally.runs, tally.steps, tally.executed
-        self._entries, self._reached, self._states = tally.entries, reached, states
+        self._entries, self._reached = tally.entries, reached
 
 
 def _send(pipe: Connection, message: object) -> None:

@@ -17,7 +17,7 @@ class Changes:
         self._machine = machine
         self._changed = False
         self._seen = self._counted()
-        machine.events.listeners.append(self._event)
+        machine.events.listen(self._event, EventKind.STORE, EventKind.POKE)
 
     def any_since(self) -> bool:
         """Something has changed since this was last asked."""
@@ -26,8 +26,7 @@ class Changes:
         return changed or before != self._seen
 
     def _event(self, event: Event) -> None:
-        if event.kind is EventKind.STORE or event.kind is EventKind.POKE:
-            self._changed = True
+        self._changed = True
 
     def _counted(self) -> tuple[int, int, int]:
         """What is changed without an event: memory that comes and goes, modules, and tasks."""

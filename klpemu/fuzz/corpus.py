@@ -1,13 +1,15 @@
 """The sequences that are worth keeping, and what was found, as files in one folder.
 
-Each is a scenario of its own, which `klpemu run` performs.  A file comes into being under another name, is
-brought to the disk and then renamed: whenever the process is killed, every file is there whole or not at
-all, and nothing that was reported is lost.  Several processes can use one folder.
+Each is a scenario of its own, which `klpemu run` performs.  Beside an entry stand the numbers of what it has
+reached that none before it had (klpemu/fuzz/coverage.py), so that nobody has to perform it to know.  A file
+comes into being under another name, is brought to the disk and then renamed: whenever the process is killed,
+every file is there whole or not at all, and nothing that was reported is lost.  Several processes can use one
+folder.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +23,7 @@ __all__ = ["Corpus", "write_whole"]
 ENTRIES: Final = "entries"
 FINDINGS: Final = "findings"
 PROGRESS: Final = "progress"
+REACHED: Final = ".reached"
 _UNFINISHED: Final = ".part"
 _TEST: Final = '''"""{what}
 
@@ -53,17 +56,19 @@ class Corpus:
                     advice="give another folder",
                 ) from error
 
-    def add(self, scenario: Scenario) -> Path:
-        """Keep a sequence; the same one twice is one file."""
+    def add(self, scenario: Scenario, reached: Iterable[int]) -> Path:
+        """Keep a sequence, and what it is kept for; the same one twice is one file."""
         name = f"{_digest(scenario)}.toml"
         self._read.add(name)
         path = self.folder / ENTRIES / name
         if not path.exists():
+            write_whole(path.with_suffix(REACHED), "".join(f"{each:016x}\n" for each in reached))
             write_whole(path, scenario_text(scenario))
         return path
 
-    def unread(self) -> Iterator[tuple[Step, ...]]:
-        """The steps of the entries that this process has not seen: older ones, and those of others.
+    def unread(self) -> Iterator[tuple[tuple[Step, ...], tuple[int, ...]]]:
+        """The entries that this process has not seen, older ones and those of others: their steps, and what
+        they are kept for, empty if nobody knows.
 
         A file that is no scenario (any more) is passed over: the modules that it names may be gone.
         """
@@ -72,7 +77,7 @@ class Corpus:
                 continue
             self._read.add(path.name)
             try:
-                yield tuple(read_scenario(path).steps)
+                yield tuple(read_scenario(path).steps), _numbers(path.with_suffix(REACHED))
             except KlpemuError:
                 continue
 
@@ -125,6 +130,14 @@ def write_whole(path: Path, text: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _numbers(path: Path) -> tuple[int, ...]:
+    """Those in a file, none if somebody has put the scenario there by hand."""
+    try:
+        return tuple(int(line, 16) for line in path.read_text().split())
+    except (OSError, ValueError):
+        return ()
 
 
 def _digest(scenario: Scenario) -> str:

@@ -25,7 +25,9 @@ MSECS: Final = (1, 4, 20, 100, 500, 2000, 20_000)  # the last is longer than the
 SETTLING: Final = (100, 500, 2000)  # in which a transition ends that nobody holds up for long
 # Allocations that may fail, by a part of their tags.
 ALLOCATIONS: Final = ("klp_ops", "ftrace_hash", "ftrace_trampoline", "nop", "module", "klp_object")
-DOORS: Final = 400  # of a service that enables a patch, about
+# Doors of the service of an operation, about.
+DOORS: Final = {Action.ENABLE: 900, Action.MODPROBE: 600, Action.RUN: 300}
+FEWER_DOORS: Final = 180
 STRIDE: Final = 120  # instructions: a redirected call takes fewer
 _WEIGHTS: Final = {
     Action.ENABLE: 5,
@@ -39,18 +41,24 @@ _WEIGHTS: Final = {
     Action.MODPROBE: 1,
     Action.RMMOD: 1,
     Action.CALL: 2,
+    Action.READ: 2,
     Action.FTRACE: 3,
     Action.UNFTRACE: 3,
     Action.WRITE: 1,
 }
+# Where the modules that come and go are livepatches, that is how patches are enabled and removed.
+_OF_LIVEPATCHES: Final = {Action.MODPROBE: 6, Action.RMMOD: 4}
 _TRANSITIONS: Final = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE)
 _OF_MODULES: Final = (Action.LOAD, Action.UNLOAD, Action.MODPROBE, Action.RMMOD)
+# What others can be in the middle of something at.
+_CHANGES: Final = (*_TRANSITIONS, Action.LOAD, Action.UNLOAD, Action.FTRACE, Action.UNFTRACE, Action.CALL)
 # The opposite of an operation, by what it does to its target.
 _UNDOES: Final = {
     Action.DISABLE: Action.ENABLE,
     Action.REVERSE: Action.ENABLE,
     Action.FORCE: Action.ENABLE,
     Action.UNFTRACE: Action.FTRACE,
+    Action.RMMOD: Action.MODPROBE,
 }
 
 
@@ -83,18 +91,32 @@ class Grammar:
         """One step that may come behind those."""
         return self._step(random_, before, self._some(random_, before))
 
+    def behind(self, random_: random.Random, before: Sequence[Step], count: int) -> list[Step]:
+        """So many steps that may come behind those, or one more."""
+        steps = list(before)
+        operations = self._some(random_, before)
+        for _ in range(count):
+            steps.append(self._step(random_, steps, operations))
+        if steps[-1].action is Action.SPAWN:  # which alone does nothing yet
+            steps.append(self._step(random_, steps, operations))
+        return steps[len(before) :]
+
+    def scheduled(self, random_: random.Random, before: Sequence[Step], step: Step) -> Step:
+        """The same step, with a schedule."""
+        return replace(step, schedule=self._schedule(random_, before, step))
+
     def _some(self, random_: random.Random, before: Sequence[Step]) -> dict[Action, list[Step]]:
         """Some of the operations, and those on what was used before.
 
         A sequence that does little of everything seldom does two things that have to do with each other
         (Groce, Zhang, Eide, Chen and Regehr, "Swarm Testing", 2012).
         """
-        used = {each.target for each in before}
+        used = {name for each in before for name in (each.target, _module(each)) if name}
         used.update(
             _sample(random_, [*self.world.patches], 1, 3), _sample(random_, [*self.world.tasks], 0, 2)
         )
         used.update(_sample(random_, self._modules, 0, 2))
-        share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.3))}
+        share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.3, 0.6))}
         found: dict[Action, list[Step]] = {}
         for kind, steps in self.operations.items():
             named = kind in _TRANSITIONS or kind in _OF_MODULES or kind is Action.SPAWN
@@ -111,13 +133,21 @@ class Grammar:
     def _step(
         self, random_: random.Random, before: Sequence[Step], operations: dict[Action, list[Step]]
     ) -> Step:
-        if before and before[-1].action in _TRANSITIONS and random_.random() < 0.5:
+        if before and self._begins_transition(before[-1]) and random_.random() < 0.5:
             return random_.choice([each for each in operations[Action.RUN] if each.msecs in SETTLING])
+        # Who has just been started is in the middle of something: that is when to change something.
+        starts = bool(before) and before[-1].action is Action.SPAWN
         kinds = [each for each in _WEIGHTS if each in operations]
-        kind = random_.choices(kinds, [_WEIGHTS[each] for each in kinds])[0]
+        if starts and random_.random() < 0.5:
+            kinds = [each for each in kinds if each in _CHANGES] or kinds
+        kind = random_.choices(kinds, [self._weights[each] for each in kinds])[0]
         choices = operations[kind]
         if kind in _UNDOES and random_.random() < 0.9:
-            done = {each.target for each in before if each.action is _UNDOES[kind]}
+            done = {
+                _module(each) or each.target
+                for each in before
+                if each.action is _UNDOES[kind] or self._is_livepatch(each)
+            }
             choices = [each for each in choices if each.target in done]
             if not choices:
                 kind = _UNDOES[kind]
@@ -125,8 +155,8 @@ class Grammar:
         step = random_.choice(choices)
         if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
             return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
-        if random_.random() < 0.3:
-            return replace(step, schedule=self._schedule(random_, before))
+        if random_.random() < (0.7 if starts else 0.3):
+            return replace(step, schedule=self._schedule(random_, before, step))
         return step
 
     def varied(
@@ -145,7 +175,8 @@ class Grammar:
                 case 1 if at < len(varied):
                     varied[at] = self.step(random_, varied[:at])
                 case 2 if at < len(varied):
-                    varied[at] = replace(varied[at], schedule=self._schedule(random_, varied[:at]))
+                    schedule = self._schedule(random_, varied[:at], varied[at])
+                    varied[at] = replace(varied[at], schedule=schedule)
                 case 3 if at < len(varied):
                     to = random_.randint(keep, len(varied) - 1)
                     varied.insert(to, varied.pop(at))
@@ -155,23 +186,71 @@ class Grammar:
             varied.append(self.step(random_, varied))
         return varied[: max(LENGTH, keep + 1)]
 
-    def _schedule(self, random_: random.Random, before: Sequence[Step]) -> tuple[tuple[str, int], ...]:
-        """Turns of a few tasks: each a number of instructions, or of doors of the service of the step."""
-        spawned = [each.target for each in before if each.action is Action.SPAWN]
-        names = [*dict.fromkeys(spawned), "init", *system_tasks(self.world.cpus)[-self.world.cpus - 1 :]]
-        turns: list[tuple[str, int]] = []
-        for _ in range(random_.choice((1, 2, 3, 5))):
-            name = "init" if random_.random() < 0.4 else random_.choice(names)
-            if random_.random() < 0.5:
-                turns += [(name, JIFFY_INSTRUCTIONS)] * random_.randint(1, DOORS)
-            else:
-                turns.append((name, random_.randint(1, STRIDE)))
+    def _schedule(
+        self, random_: random.Random, before: Sequence[Step], step: Step
+    ) -> tuple[tuple[str, int], ...]:
+        """Turns of a few tasks: each a number of instructions, or of doors of a service.
+
+        Most races are between two: the operation stops at a door and somebody goes on for a while, or
+        somebody stops somewhere and the operation goes through, or they take turns.
+        """
+        system = system_tasks(self.world.cpus)[-self.world.cpus - 1 :]
+        spawned = list(dict.fromkeys(each.target for each in before if each.action is Action.SPAWN))
+        serving = system[0] if step.action is Action.RUN else "init"
+        others = [each for each in (*spawned, "init", *system) if each != serving]
+        doors = DOORS.get(step.action, FEWER_DOORS)
+
+        def other() -> list[tuple[str, int]]:
+            latest = spawned and random_.random() < 0.7
+            name = random_.choice(spawned[-2:] if latest else others)
+            if random_.random() < 0.4:
+                return [(name, JIFFY_INSTRUCTIONS)] * _about(random_, 60)
+            # The first turn of a task that has just come begins what it does.
+            return [(name, random_.randint(1, STRIDE)) for _ in range(random_.randint(1, 3))]
+
+        stops = [(serving, JIFFY_INSTRUCTIONS)] * random_.choice(
+            (random_.randint(1, doors), _about(random_, doors))
+        )
+        match random_.randrange(6):
+            case 0 | 1:
+                turns = [*stops, *other()]
+            case 2 | 3:
+                turns = [*other(), *[(serving, JIFFY_INSTRUCTIONS)] * doors]
+            case 4:
+                turns = [*other(), *stops, *other(), *other()]
+            case _:
+                turns = self._in_turns(random_, serving, doors, others)
         return tuple(turns)
+
+    def _in_turns(
+        self, random_: random.Random, serving: str, doors: int, others: Sequence[str]
+    ) -> list[tuple[str, int]]:
+        """An operation from its beginning to its end, another task again and again in between."""
+        name, passed, turns = random_.choice(others[:2]), 0, list[tuple[str, int]]()
+        at_once = random_.choice((4, 20, 60))
+        while passed < doors:
+            count = random_.randint(1, at_once)
+            turns += [(serving, JIFFY_INSTRUCTIONS)] * count
+            turns.append((name, random_.randint(1, STRIDE)))
+            passed += count
+        return turns
 
     @cached_property
     def _modules(self) -> list[str]:
         """The names of the modules that come and go."""
         return list(dict.fromkeys(_module(each) for each in self.world.steps if each.action in _OF_MODULES))
+
+    @cached_property
+    def _weights(self) -> dict[Action, int]:
+        livepatches = any(self._is_livepatch(each) for each in self.world.steps)
+        return _WEIGHTS | (_OF_LIVEPATCHES if livepatches else {})
+
+    def _is_livepatch(self, step: Step) -> bool:
+        """Whether the step loads a module that is one of the patches."""
+        return step.action is Action.MODPROBE and _module(step) in self.world.patches
+
+    def _begins_transition(self, step: Step) -> bool:
+        return step.action in _TRANSITIONS or self._is_livepatch(step)
 
     def _of_patches(self) -> list[Step]:
         actions = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FORCE)
@@ -199,8 +278,15 @@ class Grammar:
 
 def _module(step: Step) -> str:
     """The name of the module that a step loads or unloads; "" for other steps."""
-    return Path(step.target).stem.rpartition(":")[2] if step.action in _OF_MODULES else ""
+    if step.action not in _OF_MODULES:
+        return ""
+    return Path(step.target).stem.rpartition(":")[2].replace("-", "_")
 
 
 def _sample(random_: random.Random, names: Sequence[str], least: int, most: int) -> list[str]:
     return random_.sample(names, min(len(names), random_.randint(least, most)))
+
+
+def _about(random_: random.Random, most: int) -> int:
+    """A number of 1 to `most`, smaller ones more often: as many below 10 as from there to 100."""
+    return int(most ** random_.random())

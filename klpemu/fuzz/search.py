@@ -1,7 +1,9 @@
 """One process's part of a campaign: sequences made, performed, kept if they reach something new, and shrunk.
 
-Most sequences vary an entry of the corpus.  Several variations that have a beginning in common are run one
-after the other from a restore point behind that beginning, if nobody is in the middle of a service there.
+The sequences are a tree.  Most of them go a step or two on from a restore point, behind which several ways to
+go on are tried; the last one is the trunk of the next branches.  Where a run reaches something new, a restore
+point stays, and the search comes back to it.  Some sequences are made from nothing, and some vary an older
+one in the middle: these are performed from the boot.
 """
 
 import random
@@ -9,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from klpemu.fuzz.corpus import Corpus
-from klpemu.fuzz.grammar import Grammar
+from klpemu.fuzz.coverage import OPERATION, STATE, counted
+from klpemu.fuzz.grammar import LENGTH, Grammar
+from klpemu.fuzz.points import Points
 from klpemu.fuzz.replay import replayed
 from klpemu.fuzz.sequence_runner import Prefix, Run, SequenceRunner
 from klpemu.fuzz.shrink import shrunk
@@ -17,9 +21,12 @@ from klpemu.scenario import Action, Scenario, Step
 
 __all__ = ["Found", "Search", "Tally"]
 
-FRESH = 0.6  # of all batches, those that are one sequence from nothing
-BATCH = 8  # variations behind one restore point
-TAILS = (0, 0, 1, 1, 2, 3, 5, 8, 13)  # how many steps at the end of an entry are varied
+# Of the steps that are executed, those of sequences from nothing, and of variations of older sequences.
+FRESH, VARIED = 0.15, 0.15
+BRANCHES = 8  # sequences that go on from one restore point
+RACES = 0.3  # how often these are one operation under as many schedules
+LONGER = 0.25  # of them, how many take one more step, and of these how many another one
+POINTS = 256 << 20  # bytes of guest memory in restore points
 SHRINKING = 4000  # runs, at most, to make one sequence small
 
 
@@ -40,7 +47,6 @@ class Tally:
     runs: int = 0
     steps: int = 0
     executed: int = 0
-    states: set[int] = field(default_factory=set)
     reached: set[int] = field(default_factory=set)
     entries: int = 0
     findings: int = 0
@@ -61,66 +67,103 @@ class Search:
         self._seed, self._job = f"{seed}/{job}", f"{seed}-{job}"
         self._behind = corpus.runs_of(self._job)
         self._entries: list[tuple[Step, ...]] = []
-        self._prefix: Prefix | None = None
-        self._of: tuple[Step, ...] = ()
-        self._left = 0
+        self._points = Points(POINTS)
+        self._point: Prefix | None = None  # behind which the next sequences go on
+        self._left = 0  # so many of them
+        self._race: Step | None = None  # which operation, if all of them are one
+        self._fresh = self._varied = 0  # steps that were executed for such sequences
         self.read_corpus()
 
     def read_corpus(self) -> None:
         """Take in what older campaigns and other processes have found worth keeping."""
-        for steps in self._corpus.unread():
-            self._keep(self._runner.run(steps), write=False)
+        for steps, reached in self._corpus.unread():
+            if reached:
+                self._note(steps, reached)
+            else:
+                self._keep(self._runner.run(steps), write=False)
 
     def advance(self) -> Found | None:
         """One run; returns what it has found if nobody has found that before."""
         random_ = random.Random(f"{self._seed}/{self._behind + self.tally.runs}")
         if not self._left:
-            self._next_batch(random_)
+            self._point = self._next_point(random_)
+            self._left = BRANCHES if self._point is not None else 1
+            self._race = None
+            if self._point is not None and random_.random() < RACES:
+                self._race = self._grammar.behind(random_, self._point.steps, 1)[0]
         self._left -= 1
-        if self._prefix is not None:
-            done = self._prefix.steps
-            steps = self._grammar.varied(random_, self._of, len(done), most=2)
-            run = self._runner.run(steps[len(done) :], self._prefix)
-            executed = len(run.steps) - len(done)
-        else:
-            fresh = not self._of
-            steps = self._grammar.sequence(random_) if fresh else self._grammar.varied(random_, self._of)
-            run = self._runner.run(steps)
-            executed = len(run.steps)
+        run = self._from_boot(random_) if self._point is None else self._branch(random_, self._point)
         self.tally.runs += 1
         self.tally.steps += len(run.steps)
-        self.tally.executed += executed
-        if not run.findings:
-            self._keep(run, write=True)
+        if run.findings:
+            return self._found(run)
+        new = self._keep(run, write=True)
+        if new or not self._left:
+            self._stay(run, new=new)
+        return None
+
+    def _next_point(self, random_: random.Random) -> Prefix | None:
+        """Where the next branches begin; None for the boot."""
+        executed = self.tally.executed
+        if self._fresh <= FRESH * executed or self._varied <= VARIED * executed:
             return None
-        return self._found(run)
+        return self._points.choose(random_)
+
+    def _from_boot(self, random_: random.Random) -> Run:
+        """A sequence from nothing, or an entry with changes anywhere."""
+        fresh = not self._entries or self._fresh * VARIED <= self._varied * FRESH
+        if fresh:
+            steps = self._grammar.sequence(random_)
+        else:
+            # The newest entries are varied most: they are where nobody has been.
+            entry = self._entries[-1 - int(len(self._entries) * random_.random() ** 3)]
+            steps = self._grammar.varied(random_, entry)
+        run = self._runner.run(steps)
+        self.tally.executed += len(run.steps)
+        self._fresh += len(run.steps) * fresh
+        self._varied += len(run.steps) * (not fresh)
+        return run
+
+    def _branch(self, random_: random.Random, point: Prefix) -> Run:
+        """A step or a few behind a restore point."""
+        if self._race is not None:
+            raced = self._grammar.scheduled(random_, point.steps, self._race)
+            return self._go_on(point, [raced])
+        count = 1
+        while len(point.steps) + count < LENGTH and random_.random() < LONGER:
+            count += 1
+        return self._go_on(point, self._grammar.behind(random_, point.steps, count))
+
+    def _go_on(self, point: Prefix, steps: Sequence[Step]) -> Run:
+        run = self._runner.run(steps, point)
+        self.tally.executed += len(run.steps) - len(point.steps)
+        return run
+
+    def _stay(self, run: Run, *, new: bool) -> None:
+        """A restore point where a run has ended, if the machine is at rest there."""
+        if len(run.steps) < LENGTH:
+            point = self._runner.here(run)
+            if point is not None:
+                self._points.add(point, new=new)
 
     def note_runs(self) -> None:
         """Write down how many runs there were: the next start goes on behind them."""
         self._corpus.note_runs(self._job, self._behind + self.tally.runs)
 
-    def _next_batch(self, random_: random.Random) -> None:
-        """Choose what the next variations vary, and where they begin to."""
-        self._left, self._prefix, self._of = 1, None, ()
-        if not self._entries or random_.random() < FRESH:
-            return
-        # The newest entries are varied most: they are where nobody has been.
-        self._of = self._entries[-1 - int(len(self._entries) * random_.random() ** 3)]
-        length = len(self._of) - random_.choice(TAILS)
-        if length >= 2:
-            self._prefix = self._runner.prefix(self._of[:length])
-            self._left = BATCH if self._prefix is not None else 1
-
-    def _keep(self, run: Run, *, write: bool) -> None:
+    def _keep(self, run: Run, *, write: bool) -> bool:
+        """Remember a run that has reached something new; whether a state of the patch core is among it."""
         new = [each for each in run.covered if each not in self.tally.reached]
         if not new or run.findings:
-            return
-        self.tally.reached.update(new)
-        self.tally.states.update(run.states)
-        self._entries.append(tuple(replace(each, error="") for each in run.steps))
+            return False
+        self._note(run.steps, new)
         self.tally.entries += write
         if write:
-            self._corpus.add(self._scenario(run.steps))
+            self._corpus.add(self._scenario(run.steps), new)
+        return bool(counted(new, STATE) or counted(new, OPERATION))
+
+    def _note(self, steps: Sequence[Step], reached: Sequence[int]) -> None:
+        self.tally.reached.update(reached)
+        self._entries.append(tuple(replace(each, error="") for each in steps))
 
     def _found(self, run: Run) -> Found | None:
         signature = run.signature
@@ -131,7 +174,7 @@ class Search:
         def fails(steps: Sequence[Step]) -> bool:
             nonlocal left
             left -= 1
-            return left >= 0 and self._runner.run(steps).signature == signature
+            return left >= 0 and self._runner.run(steps).shows(signature)
 
         runs = self._behind + self.tally.runs
         steps = [replace(each, error="") for each in run.steps]

@@ -16,43 +16,44 @@ from emu.restore_point import RestorePoint, Suspended
 from emu.schedules import Directed
 from emu.traps import GuestFault
 from klpemu.expectations import Expectations
+from klpemu.file_steps import LOOKS, contents_of
+from klpemu.fuzz.answers import ANSWER, Answers
 from klpemu.fuzz.bounds import BOUND, Bounds, Limit, OutOfBounds
 from klpemu.fuzz.changes import Changes
 from klpemu.fuzz.coverage import Coverage
-from klpemu.scenario import Action, Scenario, Step
+from klpemu.scenario import Scenario, Step
 from klpemu.step_runner import StepRunner
 from klpemu.tasks import Stuck
 from klpemu.watched_schedule import WatchedSchedule
 from patches.invariants.before_and_after import state_of
-from patches.invariants.consistency import LEFT, MIXED
 from patches.invariants.finding import Finding, Report
 
-__all__ = ["SUCCEEDS", "Prefix", "Run", "SequenceRunner", "Stepper", "judged"]
+__all__ = ["SUCCEEDS", "Prefix", "Run", "SequenceRunner", "Stepper", "forgive_forced", "judged"]
 
 SUCCEEDS: Final = "the_step_succeeds"
 # A random sequence leaves variables behind, as no module's exit function runs that would free them.
 NOT_JUDGED: Final = ("no_shadow_variable_remains",)
-# Who was forced may mix versions: that is what a force gives up.
-NOT_AFTER_FORCE: Final = (MIXED, LEFT)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One performed sequence: its steps with their answers, up to the one with findings if there is one.
 
-    `covered` are the numbers of what was reached, in order (klpemu/fuzz/coverage.py), `states` those of
-    them that are states.
+    `covered` are the numbers of what was reached, in order (klpemu/fuzz/coverage.py).
     """
 
     steps: tuple[Step, ...]
     findings: tuple[Finding, ...]
     covered: tuple[int, ...]
-    states: tuple[int, ...]
 
     @property
     def signature(self) -> str:
         """What tells this run's finding from others: which invariant it is that does not hold."""
         return self.findings[0].invariant if self.findings else ""
+
+    def shows(self, signature: str) -> bool:
+        """One of the findings is of that invariant."""
+        return any(each.invariant == signature for each in self.findings)
 
 
 class Stepper(StepRunner):
@@ -62,9 +63,10 @@ class Stepper(StepRunner):
         super().__init__(world)
         self.coverage = Coverage(self.kernel)
         self.watch = Limit(self.kernel.machine, bounds).check
-        self._forced = False
         self._changes = Changes(self.kernel.machine)
-        self._state = state_of(self.kernel.subject())
+        self._answers = Answers(self)
+        forgive_forced(self)
+        self._state = state_of(self.kernel.remembering(self.kernel.subject()))
 
     def attempt(self, step: Step, *, thorough: bool) -> tuple[Step, tuple[Finding, ...]]:
         """Perform a step; returns it with its answer, and what does not hold afterwards.
@@ -74,6 +76,7 @@ class Stepper(StepRunner):
         """
         machine, hub = self.kernel.machine, self.kernel.machine.hub
         warned, schedule, before = len(machine.warnings), hub.schedule, self._state
+        asked = self._answers.before(step)
         if step.fail_alloc:
             machine.slab.fails = lambda tag: step.fail_alloc in tag
         if step.schedule:
@@ -81,27 +84,32 @@ class Stepper(StepRunner):
         error = self._error_of(step)
         machine.slab.fails = lambda tag: False
         hub.schedule = schedule
-        error = error or self._caught(self._settle)
+        unsettled = self._caught(self._settle)
+        error = error or unsettled
         performed = replace(step, error=_answer(error))
         expectations = Expectations(performed)
         self._say(performed, error, expectations)
+        wrong = self._answers.judge(step, asked, error)
+        if wrong is not None:
+            performed = replace(performed, error=wrong.right)
+            expectations.fails(ANSWER, wrong.what)
         reports = [self._warnings(step, warned), expectations.report()]
         if thorough or self._changes.any_since():
             subject = self.kernel.subject()
-            reports += [
-                self.kernel.verify(step.name, subject),
-                self._compared(performed, before, error, subject),
-            ]
+            reports.append(self.kernel.verify_what_changed(step.name, subject))
+            subject = self.kernel.remembering(subject)
+            reports.append(self._compared(performed, before, error, subject))
             self._state = state_of(subject)
         else:
             reports.append(self.kernel.witnessed(step.name))
         self.coverage.note(performed)
-        self._forced |= performed.action is Action.FORCE and not performed.error
-        return performed, judged(Report.merged(reports).findings, forced=self._forced)
+        return performed, judged(Report.merged(reports).findings)
 
     def _error_of(self, step: Step) -> KlpemuError | None:
         if step.call is not None:
             return self._caught(lambda: self._call(step))
+        if step.action in LOOKS:
+            return self._caught(lambda: contents_of(self.kernel, step))
         return self._caught(lambda: self._operations[step.action](self, step))
 
     def _caught(self, body: Callable[[], object]) -> KlpemuError | None:
@@ -125,10 +133,15 @@ class Stepper(StepRunner):
             expectations.fails(SUCCEEDS, str(error))
 
 
-def judged(findings: Iterable[Finding], *, forced: bool) -> tuple[Finding, ...]:
-    """The findings without those that a right kernel has, too; `forced`: a transition was, in this run."""
-    left_out = NOT_JUDGED + (NOT_AFTER_FORCE if forced else ())
-    return tuple(each for each in findings if each.invariant not in left_out)
+def forgive_forced(runner: StepRunner) -> None:
+    """A task that is forced may mix versions: that is what a force gives up."""
+    if runner.kernel.consistency is not None:
+        runner.kernel.consistency.forgives = True
+
+
+def judged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The findings without those that a right kernel has, too."""
+    return tuple(each for each in findings if each.invariant not in NOT_JUDGED)
 
 
 def _answer(error: KlpemuError | None) -> str:
@@ -144,6 +157,11 @@ class Prefix:
     def __init__(self, point: RestorePoint, steps: tuple[Step, ...]) -> None:
         self.point = point
         self.steps = steps
+
+    @property
+    def size(self) -> int:
+        """Bytes of guest memory that are kept."""
+        return self.point.size
 
 
 class SequenceRunner:
@@ -169,15 +187,16 @@ class SequenceRunner:
             performed.append(done)
             if findings:
                 break
-        coverage = self._stepper.coverage
-        return Run(tuple(performed), findings, tuple(coverage.reached), tuple(coverage.states))
+        return Run(tuple(performed), findings, tuple(self._stepper.coverage.reached))
 
-    def prefix(self, steps: Sequence[Step]) -> Prefix | None:
-        """A restore point behind the steps; None if one has a finding, or if a service is under way then."""
-        run = self.run(steps)
-        if run.findings:
-            return None
+    def here(self, run: Run) -> Prefix | None:
+        """A restore point behind a run that has just ended; None if a service is under way then."""
         try:
             return Prefix(RestorePoint(self._stepper.kernel.machine, self._stepper), run.steps)
         except Suspended:
             return None
+
+    def prefix(self, steps: Sequence[Step]) -> Prefix | None:
+        """A restore point behind the steps; None if one has a finding, or if a service is under way then."""
+        run = self.run(steps)
+        return None if run.findings else self.here(run)

@@ -144,7 +144,7 @@ def _progress(plan: Plan) -> Iterator[Callable[[State], None]]:
 
 def _line(state: State) -> str:
     return (
-        f"{state.runs} runs, {state.rate:.0f} a second, {state.states} states, {state.covered} covered, "
+        f"{state.runs} runs, {state.rate:.0f} a second, {state.states} states, {state.edges} edges, "
         f"{state.entries} kept, {len(state.found)} found"
     )
 
@@ -179,6 +179,7 @@ def _payload(state: State, found: list[Path], before: list[Path]) -> dict[str, A
         "executed": state.executed,
         "seconds": round(state.seconds, 3),
         "states": state.states,
+        "edges": state.edges,
         "covered": state.covered,
         "entries": state.entries,
         "findings": [

@@ -28,8 +28,8 @@ def findings(tmp_path: Path, steps: str) -> list[str]:
     return [f"{each['step']}: {each['what']}" for each in object_["findings"]]
 
 
-WORLD = "fuzz.toml"  # of `klpemu fuzz`: its steps are examples, not a sequence
-SCENARIOS = sorted({path.name for path in (ROOT / "fixtures" / "scenarios").glob("*.toml")} - {WORLD})
+WORLDS = {"fuzz.toml", "fuzz-stock.toml"}  # of `klpemu fuzz`: their steps are examples, not a sequence
+SCENARIOS = sorted({path.name for path in (ROOT / "fixtures" / "scenarios").glob("*.toml")} - WORLDS)
 
 
 def test_there_are_scenarios_of_what_tasks_can_do() -> None:

@@ -25,23 +25,30 @@ def scenario(*names: str) -> Scenario:
 
 def test_an_entry_is_read_by_others_and_not_again_by_who_wrote_it(tmp_path: Path) -> None:
     mine, other = Corpus(tmp_path), Corpus(tmp_path)
-    mine.add(scenario("fix_area", "fix_area2"))
+    mine.add(scenario("fix_area", "fix_area2"), [7, 1 << 63])
     assert list(mine.unread()) == []
-    (steps,) = other.unread()
+    ((steps, reached),) = other.unread()
     assert [each.name for each in steps] == ["enable fix_area", "enable fix_area2"]
+    assert reached == (7, 1 << 63)
     assert list(other.unread()) == []
 
 
 def test_the_same_sequence_is_one_entry(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
-    assert corpus.add(scenario("fix_area")) == corpus.add(scenario("fix_area"))
-    assert corpus.add(scenario("fix_area2")) != corpus.add(scenario("fix_area"))
+    assert corpus.add(scenario("fix_area"), [1]) == corpus.add(scenario("fix_area"), [2])
+    assert corpus.add(scenario("fix_area2"), [1]) != corpus.add(scenario("fix_area"), [1])
+
+
+def test_what_an_entry_of_ones_own_reaches_nobody_knows(tmp_path: Path) -> None:
+    Corpus(tmp_path).add(scenario("fix_area"), [1]).with_suffix(".reached").unlink()
+    ((_, reached),) = Corpus(tmp_path).unread()
+    assert reached == ()
 
 
 def test_a_file_that_is_no_scenario_is_passed_over(tmp_path: Path) -> None:
     corpus = Corpus(tmp_path)
     (tmp_path / "entries" / "0.toml").write_text("half a fi")
-    Corpus(tmp_path).add(scenario("fix_area"))
+    Corpus(tmp_path).add(scenario("fix_area"), [1])
     assert len(list(corpus.unread())) == 1
 
 

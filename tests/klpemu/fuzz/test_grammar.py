@@ -9,7 +9,7 @@ import pytest
 from klpemu.fixtures import fixture
 from klpemu.fuzz.grammar import LENGTH, Grammar
 from klpemu.fuzz.world import world_of
-from klpemu.scenario import Action
+from klpemu.scenario import Action, Step
 from klpemu.scenario_file import read_scenario
 from klpemu.scenario_text import scenario_text
 
@@ -62,3 +62,19 @@ def test_modules_and_patches_of_ones_own_make_a_world() -> None:
     assert [each.target for each in operations[Action.UNLOAD]] == ["lamp"]
     assert {each.functions for each in operations[Action.FTRACE]} == {("area_of",)}
     assert world.variants == ("nops_kept",)
+
+
+def test_livepatch_modules_are_loaded_by_modprobe_and_then_removed() -> None:
+    steps = [Step(Action.MODPROBE, "builtin:klp_lamp.ko"), Step(Action.RMMOD, "klp_lamp")]
+    world = replace(WORLD, steps=[*steps, Step(Action.READ, "/proc/cmdline")])
+    random_ = random.Random(2)
+    sequences = [Grammar(world).sequence(random_) for _ in range(300)]
+    behind = [
+        Action.MODPROBE in [each.action for each in sequence[:at]]
+        for sequence in sequences
+        for at, step in enumerate(sequence)
+        if step.action is Action.RMMOD
+    ]
+    assert len(behind) > 20
+    assert sum(behind) > 0.8 * len(behind)
+    assert any(each.action is Action.READ for sequence in sequences for each in sequence)

@@ -112,3 +112,26 @@ def test_after_a_force_versions_may_be_mixed(runner: SequenceRunner) -> None:
     assert replayed(replace(WORLD, steps=run.steps)) == []
     asleep = Step(Action.RUN, "20 ms", msecs=20)
     assert not runner.run([steps[0], asleep, *steps[1:], Step(Action.REVERSE, "nap_2"), steps[3]]).findings
+
+
+def test_a_task_that_was_forced_is_judged_again_once_it_has_left_what_it_was_in() -> None:
+    """It sleeps in the old function when it is forced, and later in the new one, which is then unpatched by a
+    kernel that takes every stack for empty.
+    """
+    runner = SequenceRunner(WORLD)
+    asleep = [Step(Action.SPAWN, "sleeper"), Step(Action.RUN, "20 ms", msecs=20)]
+    forced = [*asleep, Step(Action.ENABLE, "nap_1"), Step(Action.FORCE, "nap_1")]
+    assert not runner.run([*forced, Step(Action.DISABLE, "nap_1")]).findings
+    assert not runner.run([*forced, Step(Action.RUN, "4000 ms", msecs=4000)]).findings
+    with variants(["museum:empty-reliable-stack"]):
+        _, findings = runner._stepper.attempt(Step(Action.DISABLE, "nap_1"), thorough=True)
+    assert [each.invariant for each in findings] == ["switched_tasks_have_left_what_changes"]
+
+
+def test_a_refused_operation_lets_the_others_come_to_an_end(runner: SequenceRunner) -> None:
+    """When it returns a task is on its way to user space: its flag is clear, its state is to be stored."""
+    refused = Step(Action.DISABLE, "fix_area2", schedule=(("caller", 1),))
+    steps = [Step(Action.ENABLE, "fix_area2"), Step(Action.SPAWN, "caller")]
+    run = runner.run([*steps, Step(Action.DISABLE, "fix_area2"), refused])
+    assert run.steps[-1].error == "EINVAL"
+    assert not run.findings

@@ -1,0 +1,163 @@
+"""The oracle of answers: what 6.1 says of operations, right answers and wrong ones."""
+
+import errno
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from emu.errno import KernelErrno
+from klpemu.fuzz.answers import ANSWER
+from klpemu.fuzz.grammar import FTRACE_ENABLED, Grammar
+from klpemu.fuzz.replay import replayed
+from klpemu.fuzz.sequence_runner import Run, SequenceRunner
+from klpemu.fuzz.world import world_of
+from klpemu.scenario import Action, Step
+from patches import core
+from patches.klp import Klp
+from patches.variants import replaced, variants
+
+WORLD = world_of(None, None, None, "qemu64", (), (), ())
+WAIT = Step(Action.RUN, "2000 ms", msecs=2000)
+LOAD, UNLOAD = Step(Action.LOAD, "builtin:lamp.ko"), Step(Action.UNLOAD, "lamp")
+ENDBR = Step(Action.LOAD, "builtin:endbr.o")
+COUNT = Step(Action.FTRACE, "first", functions=("area_of",))
+ASLEEP = [Step(Action.SPAWN, "sleeper"), Step(Action.RUN, "20 ms", msecs=20)]
+
+
+def enable(name: str) -> Step:
+    return Step(Action.ENABLE, name)
+
+
+def disable(name: str) -> Step:
+    return Step(Action.DISABLE, name)
+
+
+def ftrace_enabled(value: str) -> Step:
+    return Step(Action.WRITE, FTRACE_ENABLED, value=value)
+
+
+@pytest.fixture(scope="module")
+def runner() -> SequenceRunner:
+    return SequenceRunner(WORLD)
+
+
+# The last step of a sequence, and how 6.1 answers it.
+RIGHT = {
+    "twice": ([enable("fix_area"), WAIT, enable("fix_area")], "EEXIST"),
+    "on top": ([enable("fix_area"), WAIT, enable("fix_area2")], ""),
+    "in a transition": ([*ASLEEP, enable("nap_1"), enable("fix_area")], "EBUSY"),
+    "the same name, later": ([*ASLEEP, enable("nap_1"), enable("nap_1")], "EEXIST"),
+    "ftrace off": ([ftrace_enabled("0"), enable("fix_area")], "EBUSY"),
+    "off, but for what is patched": (
+        [enable("fix_area"), WAIT, ftrace_enabled("0"), enable("one_area")],
+        "",
+    ),
+    "off with a permanent ops": ([enable("fix_area"), ftrace_enabled("0")], "EBUSY"),
+    "off with a tracer": ([COUNT, ftrace_enabled("0")], ""),
+    "no such function": ([LOAD, enable("fix_lamp")], "EINVAL"),
+    "it comes later": ([enable("fix_lamp"), LOAD], "EINVAL"),
+    "the module comes": ([enable("klp_lamp"), WAIT, LOAD], ""),
+    "the module comes with ftrace off": ([enable("fix_form"), ftrace_enabled("0"), ENDBR], "EBUSY"),
+    "the module comes again": ([enable("klp_lamp"), WAIT, LOAD, UNLOAD, LOAD], "ENOEXEC"),
+    "a function with ENDBR": ([ENDBR, enable("fix_form")], ""),
+    "a module twice": ([LOAD, LOAD], "EEXIST"),
+    "a module that is not there": ([UNLOAD], "ENOENT"),
+    "removed": ([LOAD, UNLOAD], ""),
+    "disabled": ([enable("fix_area"), WAIT, disable("fix_area")], ""),
+    "disabled twice": ([*ASLEEP, enable("nap_1"), disable("nap_1"), disable("nap_1")], "EINVAL"),
+    "turned around": ([*ASLEEP, enable("nap_1"), disable("nap_1")], ""),
+    "another one's transition": (
+        [*ASLEEP, enable("fix_area"), WAIT, enable("nap_1"), disable("fix_area")],
+        "EBUSY",
+    ),
+    "not enabled": ([disable("fix_area")], "ENOENT"),
+    "nothing to force": ([enable("fix_area"), WAIT, Step(Action.FORCE, "fix_area")], "EINVAL"),
+    "forced": ([*ASLEEP, enable("nap_1"), Step(Action.FORCE, "nap_1")], ""),
+    "nothing to reverse": ([enable("fix_area"), WAIT, Step(Action.REVERSE, "fix_area")], "EINVAL"),
+    "a tracer twice": ([COUNT, COUNT], "EEXIST"),
+    "no tracer": ([Step(Action.UNFTRACE, "first")], "ENOENT"),
+}
+
+
+@pytest.mark.parametrize("what", RIGHT)
+def test_a_right_answer_is_no_finding(what: str, runner: SequenceRunner) -> None:
+    steps, answer = RIGHT[what]
+    run = runner.run(steps)
+    assert not run.findings
+    assert run.steps[-1].error == answer
+
+
+@pytest.mark.parametrize("what", RIGHT)
+def test_any_other_answer_is_wrong(what: str, runner: SequenceRunner) -> None:
+    """EOPNOTSUPP is wrong for each of them, and so is success where 6.1 refuses."""
+    *before, last = RIGHT[what][0]
+    answer = RIGHT[what][1]
+    assert not runner.run(before).findings
+    answers = runner._stepper._answers
+    asked = answers.before(last)
+    runner._stepper._error_of(last)
+    wrong = answers.judge(last, asked, KernelErrno(errno.EOPNOTSUPP, "it does not want to"))
+    assert wrong is not None
+    assert wrong.right == answer
+    wrong = answers.judge(last, asked, None)
+    assert (wrong is not None and wrong.right == answer) == bool(answer)
+
+
+@pytest.mark.parametrize("bug", ["site-at-start", "ops-per-func", "sympos-zero-one", "relocations-left"])
+def test_a_bug_that_shows_by_an_errno_is_found_and_shown_by_its_scenario(bug: str) -> None:
+    steps = {
+        "site-at-start": [enable("fix_form"), ENDBR],
+        "ops-per-func": [enable("nap_1"), WAIT, enable("nap_2")],
+        "sympos-zero-one": [enable("fix_area"), WAIT, enable("one_area")],
+        "relocations-left": [enable("klp_lamp"), WAIT, LOAD, UNLOAD, LOAD],
+    }[bug]
+    run = found(steps, f"museum:{bug}")
+    assert (run.signature, run.steps[-1].error) == (ANSWER, "")
+
+
+def found(steps: list[Step], variant: str) -> Run:
+    """The run with a bug, whose scenario shows it as well."""
+    with variants([variant]):
+        run = SequenceRunner(replace(WORLD, variants=(variant,))).run(steps)
+    scenario = replace(WORLD, steps=run.steps, variants=(variant,))
+    assert any(f" {ANSWER}: " in each for each in replayed(scenario))
+    return run
+
+
+def test_a_kernel_that_lets_two_transitions_be_on_at_once_gives_a_wrong_answer() -> None:
+    enable_patch = core.__klp_enable_patch
+
+    def two_at_once(klp: Klp, patch: Any) -> None:
+        if klp.transition_patch is None:
+            enable_patch(klp, patch)
+
+    steps = [*ASLEEP, enable("nap_1"), enable("fix_area")]
+    with replaced(core, "__klp_enable_patch", two_at_once):
+        run = SequenceRunner(WORLD).run(steps)
+        assert ANSWER in {each.invariant for each in run.findings}
+        assert run.steps[-1].error == "EBUSY"
+        shown = replayed(replace(WORLD, steps=run.steps))
+    assert any(f" {ANSWER}: found nothing failed, expected EBUSY" in each for each in shown)
+
+
+def test_a_refusal_that_missing_memory_explains_is_right(runner: SequenceRunner) -> None:
+    run = runner.run([replace(enable("fix_area"), fail_alloc="klp_ops")])
+    assert not run.findings
+    assert run.steps[-1].error == "ENOMEM"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_without_a_bug_no_answer_is_wrong(seed: int, runner: SequenceRunner) -> None:
+    grammar, random_ = Grammar(WORLD), random.Random(seed)
+    for _ in range(40):
+        assert not runner.run(grammar.sequence(random_)).findings
+
+
+@pytest.mark.slow
+def test_without_a_bug_no_answer_is_wrong_in_thousands_of_sequences(runner: SequenceRunner) -> None:
+    grammar = Grammar(WORLD)
+    for number in range(3000):
+        run = runner.run(grammar.sequence(random.Random(f"answers {number}")))
+        assert not run.findings, run.steps
