@@ -27,7 +27,7 @@ from unicorn.unicorn_py3.unicorn import uclib  # the bindings' own reads cost 2.
 from elf.errors import KlpemuError
 from emu.paging import AddressSpace
 
-__all__ = ["REGISTERS", "UD2", "Stop", "StopKind", "VCpu"]
+__all__ = ["REGISTERS", "UD2", "BlockHooks", "Stop", "StopKind", "VCpu"]
 
 unicorn: Any = untyped_unicorn  # the bindings have annotations, but incomplete ones
 
@@ -78,6 +78,10 @@ class Stop(NamedTuple):
     address: int = 0  # CR2 of a page fault
 
 
+class BlockHooks(list[Callable[[int], None]]):
+    """Who is told of the basic blocks of a vCPU: for good, so no restore point puts it back."""
+
+
 class VCpu:
     """One vCPU: `number` is the kernel's, `gs_base` the virtual address of its per-CPU area.
 
@@ -113,6 +117,7 @@ class VCpu:
         uc.hook_add(unicorn.UC_HOOK_INTR, self._on_interrupt)
         self.accesses: list[tuple[bool, int, bytes]] | None = None
         self._memory = space.arena.bytes
+        self._on_block = BlockHooks()
         if trace:
             uc.hook_add(unicorn.UC_HOOK_CODE, self._on_instruction)
             uc.hook_add(unicorn.UC_HOOK_MEM_READ | unicorn.UC_HOOK_MEM_WRITE, self._on_access)
@@ -208,9 +213,14 @@ class VCpu:
         Two to three microseconds a block.  Unicorn starts a block behind each jump, call and return, and
         wherever a run begins.
         """
+        self._on_block.append(on_block)
+        watching = self._on_block
+        if len(watching) > 1:  # one hook tells all: most of what it takes is to get from Unicorn to here
+            return
 
         def hook(_uc: Any, address: int, _size: int, _data: Any) -> None:
-            on_block(address)
+            for told in watching:
+                told(address)
 
         self._uc.hook_add(unicorn.UC_HOOK_BLOCK, hook)
         self._uc.ctl_flush_tb()  # blocks that were translated before have no call of the hook in them

@@ -235,6 +235,12 @@ class Kernfs:
             if node.path != path and not node.gone:
                 yield node.path
 
+    def directories(self, path: str) -> Iterator[str]:
+        """The paths of those of them that are directories."""
+        for node in self._lookup(path).subtree():
+            if node.children is not None and node.path != path and not node.gone:
+                yield node.path
+
     def _add(self, path: str, mode: int) -> _Node:
         parent_path, _, name = path.rpartition("/")
         parent = self._lookup(parent_path)

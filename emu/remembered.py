@@ -35,10 +35,13 @@ class Facts(Protocol):
 
 
 class Remembered:
-    """What was found out about one address space.  It is the `Memory` that the functions have to read."""
+    """What was found out about one address space, `space`.
+
+    It is the `Memory` that the functions have to read.
+    """
 
     def __init__(self, space: AddressSpace) -> None:
-        self._space = space
+        self.space = space
         self._known: dict[Hashable, list[_Places]] = {}
         self._names: dict[Hashable, tuple[str, ...]] = {}
         self._reading: _Reading | None = None
@@ -54,14 +57,14 @@ class Remembered:
         stays the same as long as the arena is there (emu/written_pages.py).
         """
         if self._written is None:
-            arena = self._space.arena
+            arena = self.space.arena
             self._written = [page for run in arena.written.written(arena.in_use()) for page in run]
         first = bisect_left(self._written, place.start // PAGE_SIZE)
         return self._written[first : bisect_left(self._written, -(-place.stop // PAGE_SIZE))]
 
     def contents(self, place: slice) -> Hashable:
         """A name for what lies at a large place: what was written, and with which bytes."""
-        memory = self._space.arena.bytes
+        memory = self.space.arena.bytes
         return tuple(
             (page, memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]) for page in self.written(place)
         )
@@ -70,7 +73,7 @@ class Remembered:
         """See `Memory`."""
         if self._reading is not None:
             self._reading.extents.append((address, address + (size or 1)))
-        return self._space.read(address, size)
+        return self.space.read(address, size)
 
     def note_stream(self, stream: Stream) -> None:
         """The function that runs has had guest code executed: it depends on what that fetched and loaded."""
@@ -79,7 +82,7 @@ class Remembered:
         extents = self._reading.extents
         extents += _runs(sorted({*stream.addresses, stream.stop.rip}))
         extents.append((stream.stop.address, stream.stop.address + 1))
-        mapped = self._space.pages_of({at // PAGE_SIZE for at, _ in stream.loads})
+        mapped = self.space.pages_of({at // PAGE_SIZE for at, _ in stream.loads})
         for at, size in stream.loads:
             for page in mapped.get(at // PAGE_SIZE, ()):
                 start = page * PAGE_SIZE + at % PAGE_SIZE
@@ -100,7 +103,7 @@ class Remembered:
         names = self._names.get(what, ())
         key = (what, names, tuple(map(subject.fact, names)))
         for places in self._known.get(key, ()):
-            result = places.results.get(places.contents(self, self._space), _NONE)
+            result = places.results.get(places.contents(self, self.space), _NONE)
             if result is not _NONE:
                 self._note(places.extents, names)
                 return result
@@ -139,7 +142,7 @@ class Remembered:
             places = _Places(extents)
             known.insert(0, places)
             del known[PLACES:]
-        contents = places.contents(self, self._space)
+        contents = places.contents(self, self.space)
         places.results[contents] = result
         self._kept += _size(contents)
 

@@ -12,9 +12,10 @@ import copy
 import mmap
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from functools import partial
+from operator import attrgetter, is_
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 from weakref import finalize
@@ -25,6 +26,7 @@ from elf.errors import KlpemuError
 from elf.image import Image
 from elf.layout import StructLayout
 from elf.unwind_row import UnwindRow
+from emu.cpu import BlockHooks
 from emu.events import Event
 from emu.kallsyms import Ksym, SymbolTable
 from emu.memory import PAGE_SIZE
@@ -44,10 +46,12 @@ __all__ = ["RestorePoint", "Suspended"]
 _FIXED: Final = (
     *(int, str, bytes, float, bool, type(None), type, Enum, range, mmap.mmap, memoryview, finalize),
     *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, BaseException, PurePath),
-    *(Image, StructLayout, Layouts, Event, Ksym, SymbolTable, Struct, UnwindRow, Vmlinux, Remembered),
+    *(BlockHooks, Image, StructLayout, Layouts, Event, Ksym, SymbolTable, Struct, UnwindRow, Vmlinux),
+    Remembered,
 )
 _FOREIGN: Final = ("unicorn.", "ctypes", "_ctypes", "_struct")
 _ITERATORS: Final[tuple[type, ...]] = (type(iter(range(0))), type(iter(())), type(iter([])))
+_iterators: Final = frozenset(_ITERATORS)
 _NOTHING: Final = object()
 _fixed: Final[set[type]] = {type(_NOTHING)}  # the types that were seen to be such
 _known: Final[dict[type, "Restorer"]] = {}  # and how the others are put back
@@ -68,7 +72,7 @@ class RestorePoint:
         self._machine = machine
         arena = machine.space.arena
         self._contents = arena.written.take(arena.in_use())
-        self._objects = list(_restorers((machine, *roots)))
+        self._objects = _Kept((machine, *roots))
         self._executable = dict(machine.space.executable())
         self._cpus = [(cpu, cpu.context()) for cpu in (*machine.cpus, machine.tracer)]
 
@@ -86,8 +90,7 @@ class RestorePoint:
         written = arena.written.written(arena.in_use())
         self._drop_changed_text(written)
         arena.written.put(self._contents, written)
-        for restore in self._objects:
-            restore()
+        self._objects.put_back()
         for cpu, context in self._cpus:
             cpu.set_context(context)
         machine.space.flush_tlb()
@@ -117,129 +120,214 @@ def _tasks(machine: "Machine") -> Iterable[Task]:
 # The objects.
 
 
-def _restorers(roots: Iterable[object]) -> Iterator[Callable[[], None]]:
-    """For each object that can change, what puts its contents back."""
-    seen: dict[int, object] = {}
-    waiting = list(roots)
-    while waiting:
-        each = waiting.pop()
-        if id(each) in seen:
-            continue
-        kind = type(each)
-        if kind in _fixed:
-            continue
-        restorer = _known.get(kind) or _restorer_of(kind)
-        if restorer is None:
-            _fixed.add(kind)
-            continue
-        seen[id(each)] = each  # kept alive, so that no other object gets its number
-        restore = restorer(each, waiting)
-        if restore is not None:
-            yield restore
+class _Kept:
+    """What the objects contained, sorted by how it is put back."""
+
+    def __init__(self, roots: Iterable[object]) -> None:
+        self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._lists: list[tuple[list[Any], list[Any]]] = []
+        self._slots: list[tuple[Any, Callable[[Any], tuple[Any, ...]], tuple[str, ...], tuple[Any, ...]]] = []
+        self._others: list[Callable[[], None]] = []
+        self._take(roots)
+
+    def put_back(self) -> None:
+        """Give each object its contents again."""
+        for target, contents in self._dicts:
+            target.clear()
+            target.update(contents)
+        for elements, before in self._lists:
+            elements[:] = before
+        for each, values_of, names, values in self._slots:
+            try:
+                if all(map(is_, values_of(each), values)):
+                    continue
+            except AttributeError:  # one has gone
+                pass
+            for name, value in zip(names, values, strict=True):
+                setattr(each, name, value)
+        for restore in self._others:
+            restore()
+
+    def _take(self, roots: Iterable[object]) -> None:
+        seen: dict[int, object] = {}
+        waiting = list(roots)
+        while waiting:
+            each = waiting.pop()
+            if id(each) in seen:
+                continue
+            kind = type(each)
+            restorer = _known.get(kind)
+            if restorer is None:
+                if kind in _fixed:
+                    continue
+                restorer = _restorer_of(kind)
+                if restorer is None:
+                    _fixed.add(kind)
+                    continue
+            seen[id(each)] = each  # kept alive, so that no other object gets its number
+            restorer(each, waiting, self)
+
+    def keep_dict(self, target: dict[Any, Any]) -> bool:
+        """Copy a dictionary; whether all its values are of types that never change."""
+        if _fixed.issuperset(map(type, target.values())):
+            self._dicts.append((target, target.copy()))
+            return True
+        if not _iterators.isdisjoint(map(type, target.values())):
+            iterators = tuple(key for key, value in target.items() if type(value) in _iterators)
+            contents = target | {key: copy.copy(target[key]) for key in iterators}
+            self._others.append(partial(_put_dict, target, contents, iterators))
+        else:
+            self._dicts.append((target, target.copy()))
+        return False
+
+    def keep_list(self, target: list[Any]) -> None:
+        """Copy a list."""
+        self._lists.append((target, target.copy()))
+
+    def keep_slots(
+        self,
+        target: Any,
+        values_of: Callable[[Any], tuple[Any, ...]],
+        names: tuple[str, ...],
+        values: tuple[Any, ...],
+    ) -> None:
+        """Note the values of all slots, as `values_of` gives them."""
+        self._slots.append((target, values_of, names, values))
+
+    def keep(self, restore: Callable[[], None]) -> None:
+        """Note what puts back any other object."""
+        self._others.append(restore)
 
 
-# What puts one object back, None if it cannot change; what it refers to is appended to the list.
-Restorer = Callable[[Any, list[object]], Callable[[], None] | None]
+# Takes one object; what it refers to is appended to the list.
+Restorer = Callable[[Any, list[object], _Kept], None]
 
 
 def _restorer_of(kind: type) -> Restorer | None:
     """How objects of a type are put back; None if there is nothing about them that changes."""
     if issubclass(kind, _FIXED) or kind.__module__.startswith(_FOREIGN):
         return None
-    found = next((restorer for types_, restorer in _RESTORERS if issubclass(kind, types_)), _members)
-    _known[kind] = found
+    found = next((restorer for types_, restorer in _RESTORERS if issubclass(kind, types_)), None)
+    found = _known[kind] = found or _members_of(kind)
     return found
 
 
-def _changing(values: Iterable[object]) -> list[object]:
+def _changing(values: Collection[object]) -> Iterable[object]:
     """Those that have to be looked at; most are numbers and names."""
+    if _fixed.issuperset(map(type, values)):
+        return ()
     return [each for each in values if type(each) not in _fixed]
 
 
-def _dict(each: dict[Any, Any], waiting: list[object]) -> Callable[[], None]:
+def _dict(each: dict[Any, Any], waiting: list[object], kept: _Kept) -> None:
+    waiting += _changing(each)  # its keys
+    if not kept.keep_dict(each):
+        waiting += [value for value in each.values() if type(value) not in _fixed]
+
+
+def _list(each: list[Any], waiting: list[object], kept: _Kept) -> None:
     waiting += _changing(each)
-    waiting += _changing(each.values())
-    return partial(_put_dict, each, *_kept(each))
+    kept.keep_list(each)
 
 
-def _list(each: list[Any], waiting: list[object]) -> Callable[[], None]:
+def _unordered(each: Any, waiting: list[object], kept: _Kept) -> None:
     waiting += _changing(each)
-    return partial(each.__setitem__, slice(None), list(each))
+    kept.keep(partial(_put, each, list(each)))
 
 
-def _unordered(each: Any, waiting: list[object]) -> Callable[[], None]:
-    waiting += _changing(each)
-    return partial(_put, each, list(each))
+def _bytearray(each: bytearray, waiting: list[object], kept: _Kept) -> None:
+    kept.keep(partial(each.__setitem__, slice(None), bytes(each)))
 
 
-def _bytearray(each: bytearray, waiting: list[object]) -> Callable[[], None]:
-    return partial(each.__setitem__, slice(None), bytes(each))
-
-
-def _elements(each: Any, waiting: list[object]) -> None:
+def _elements(each: Any, waiting: list[object], kept: _Kept) -> None:
     waiting += _changing(each)
 
 
-def _function(each: types.FunctionType, waiting: list[object]) -> None:
+def _function(each: types.FunctionType, waiting: list[object], kept: _Kept) -> None:
     if "<locals>" not in each.__qualname__:
         return  # a module's or a class's own, whatever it is wrapped in: it belongs to no machine
     waiting += _changing((*(each.__closure__ or ()), *(each.__defaults__ or ())))
 
 
-def _method(each: types.MethodType, waiting: list[object]) -> None:
+def _method(each: types.MethodType, waiting: list[object], kept: _Kept) -> None:
     waiting.append(each.__self__)
 
 
-def _partial(each: partial[Any], waiting: list[object]) -> None:
+def _partial(each: partial[Any], waiting: list[object], kept: _Kept) -> None:
     waiting += [each.func, each.args, each.keywords]
 
 
-def _coroutine(each: greenlet.greenlet, waiting: list[object]) -> None:
+def _coroutine(each: greenlet.greenlet, waiting: list[object], kept: _Kept) -> None:
     if each and each is not greenlet.getcurrent():
         raise Suspended("a service is under way", advice="let everybody come to rest first")
 
 
-def _iterator(each: object, waiting: list[object]) -> None:
+def _iterator(each: object, waiting: list[object], kept: _Kept) -> None:
     """Whoever holds it holds a fresh copy afterwards."""
 
 
-def _generator(each: object, waiting: list[object]) -> None:
+def _generator(each: object, waiting: list[object], kept: _Kept) -> None:
     raise Suspended("a generator is under way")
 
 
-def _members(each: Any, waiting: list[object]) -> Callable[[], None] | None:
-    """What puts the members of an object of a class of ours back."""
-    slots = _slots(type(each))
-    values = [(name, getattr(each, name, _NOTHING)) for name in slots]
-    waiting += _changing(value for _, value in values)
-    members = getattr(each, "__dict__", None)
-    if members is not None:
-        waiting += _changing(members.values())
-    if isinstance(each, Service) and each.coroutine is not None and not each.coroutine.dead:
+def _service(each: Service, waiting: list[object], kept: _Kept) -> None:
+    if each.coroutine is not None and not each.coroutine.dead:
         raise Suspended(f"the service '{each.name}' is under way")
-    if _is_frozen(type(each)):
-        return None
-    if not slots:
-        return None if members is None else partial(_put_dict, members, *_kept(members))
-    return partial(_put_slots, each, values, members, *_kept(members or {}))
+    _MEMBERS_OF_SERVICE(each, waiting, kept)
 
 
-def _cell(cell: types.CellType, waiting: list[object]) -> Callable[[], None] | None:
+def _members_of(kind: type) -> Restorer:
+    """What takes the members of an object of a class of ours."""
+    names, is_frozen = _slots(kind), _is_frozen(kind)
+    values_of = _values_of(names)
+
+    def members(each: Any, waiting: list[object], kept: _Kept) -> None:
+        if names:
+            try:
+                values = values_of(each)
+            except AttributeError:
+                _some_unset(each, names, waiting, kept, is_frozen=is_frozen)
+            else:
+                waiting += _changing(values)
+                if not is_frozen:
+                    kept.keep_slots(each, values_of, names, values)
+        of_dict = getattr(each, "__dict__", None)
+        if of_dict is None:
+            return
+        if is_frozen or not kept.keep_dict(of_dict):
+            waiting += _changing(of_dict.values())
+
+    return members
+
+
+def _values_of(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """What reads all these members at once."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda each: tuple(getattr(each, name) for name in names)
+
+
+def _some_unset(
+    each: Any, names: Iterable[str], waiting: list[object], kept: _Kept, *, is_frozen: bool
+) -> None:
+    """The same for an object that has not all of its slots set."""
+    values = [(name, getattr(each, name, _NOTHING)) for name in names]
+    waiting += _changing([value for _, value in values])
+    if not is_frozen:
+        kept.keep(partial(_put_slots, each, values))
+
+
+def _cell(cell: types.CellType, waiting: list[object], kept: _Kept) -> None:
     try:
         contents = cell.cell_contents
     except ValueError:  # empty
-        return None
+        return
     waiting.append(contents)
-    return partial(setattr, cell, "cell_contents", contents)
-
-
-def _kept(contents: dict[Any, Any]) -> tuple[dict[Any, Any], tuple[Any, ...]]:
-    """A copy to be put back, and the keys of what moves on when it is used."""
-    iterators = tuple(key for key, value in contents.items() if isinstance(value, _ITERATORS))
-    return contents | {key: copy.copy(contents[key]) for key in iterators}, iterators
+    kept.keep(partial(setattr, cell, "cell_contents", contents))
 
 
 def _put_dict(target: dict[Any, Any], contents: dict[Any, Any], iterators: tuple[Any, ...]) -> None:
+    """Put back what moves on when it is used (the iterators), too."""
     target.clear()
     target.update(contents)
     for key in iterators:
@@ -251,30 +339,24 @@ def _put(target: Any, contents: list[Any]) -> None:
     (target.extend if isinstance(target, deque) else target.update)(contents)
 
 
-def _put_slots(
-    target: Any,
-    values: list[tuple[str, Any]],
-    members: dict[str, Any] | None,
-    contents: dict[str, Any],
-    iterators: tuple[Any, ...],
-) -> None:
+def _put_slots(target: Any, values: list[tuple[str, Any]]) -> None:
     for name, value in values:
         if value is not _NOTHING:
             setattr(target, name, value)
         elif hasattr(target, name):
             delattr(target, name)
-    if members is not None:
-        _put_dict(members, contents, iterators)
 
 
-def _loaded(each: LoadedObject, waiting: list[object]) -> Callable[[], None] | None:
+def _loaded(each: LoadedObject, waiting: list[object], kept: _Kept) -> None:
     """The kernel itself is not unloaded."""
-    return None if each.placement.is_linked else _members(each, waiting)
+    if not each.placement.is_linked:
+        _MEMBERS_OF_LOADED(each, waiting, kept)
 
 
-def _placement(each: Placement, waiting: list[object]) -> Callable[[], None] | None:
+def _placement(each: Placement, waiting: list[object], kept: _Kept) -> None:
     """Where a linked image lies, and its tens of megabytes there, is settled when it has booted."""
-    return None if each.is_linked else _members(each, waiting)
+    if not each.is_linked:
+        _MEMBERS_OF_PLACEMENT(each, waiting, kept)
 
 
 _RESTORERS: Final[tuple[tuple[type | tuple[type, ...], Restorer], ...]] = (
@@ -285,6 +367,7 @@ _RESTORERS: Final[tuple[tuple[type | tuple[type, ...], Restorer], ...]] = (
     (bytearray, _bytearray),
     (LoadedObject, _loaded),
     (Placement, _placement),
+    (Service, _service),
     (types.FunctionType, _function),
     (types.CellType, _cell),
     (types.MethodType, _method),
@@ -308,3 +391,8 @@ def _slots(kind: type) -> tuple[str, ...]:
 def _is_frozen(kind: type) -> bool:
     parameters = getattr(kind, "__dataclass_params__", None)
     return parameters is not None and bool(parameters.frozen)
+
+
+_MEMBERS_OF_SERVICE, _MEMBERS_OF_LOADED, _MEMBERS_OF_PLACEMENT = map(
+    _members_of, (Service, LoadedObject, Placement)
+)

@@ -8,7 +8,7 @@ A state is made of
   their number, all others are described, as far as anything that was there leads to them;
 - where each service stands that waits at a door.  Its local variables cannot be looked at.  But a service is
   deterministic: what it began with is described (the function and what that refers to), and it has seen the
-  same values since (`Footprint.seen`);
+  same values since (`Footprint.seen`), of calls that are over their results (emu/returned_calls.py);
 - virtual time, to the instruction, and the timers.
 
 Objects that services see and that were not there at the beginning are named by the step that has made them
@@ -29,6 +29,7 @@ import greenlet
 
 from emu.footprint import PAGE_SHIFT, Footprint, Recorder
 from emu.memory import PAGE_SIZE
+from emu.returned_calls import ReturnedCalls
 from emu.task import Activity, Service
 from emu.tracked import LEFT_OUT, Tracking
 from emu.view import Struct
@@ -81,25 +82,31 @@ class SameState:
         self._leads_to: dict[int, set[tuple[Any, ...]]] = {}  # by id, the parts of which it is described
         self._names: dict[int, int] = {}  # of objects that were met since, for those who see them
         self._unnamed: list[int] = []
-        self._continuations: dict[int, tuple[Service, int]] = {}
+        self._continuations: dict[int, tuple[Service | None, int]] = {}
         self._described: dict[int, int] = {}
         self._fixed: dict[int, tuple[tuple[Any, ...], int]] = {}
         self._is_plain = self._is_steady = True
         self._leaves: list[tuple[Any, int]] = []
         recorder.shown, recorder.met = self._shown, self._meet
+        self.returned_calls = ReturnedCalls(
+            recorder, self._shown, lambda value: self._numbers.get(id(value)), _form_of, _members_of
+        )
 
     # What happens.
+
+    def seen(self, service: Service | None) -> int:
+        """What the service has seen so far, before its next step."""
+        return self._continuations.get(id(service), (service, 0))[1]
 
     def step(self, number: int, step: Footprint, service: Service | None) -> None:
         """A step is over that has this number (emu/happens_before.py), and was the service's."""
         self._name(number)
         if service is None:
             return
-        _, before = self._continuations.get(id(service), (service, 0))
         if service.finished:
             self._continuations.pop(id(service), None)
         else:
-            self._continuations[id(service)] = service, hash((before, step.seen))
+            self._continuations[id(service)] = service, hash(("at a door", step.seen))
 
     def _name(self, number: int) -> None:
         for index, each in enumerate(self._unnamed):
@@ -124,6 +131,8 @@ class SameState:
         if form == "tuple":
             met = self._names.get(id(value)) if len(value) > 4 else None
             return hash(tuple(map(self._shown, value))) if met is None else met
+        if form == "greenlet":  # the service's own
+            return hash(form)
         if issubclass(kind, Activity):
             return self._shown_activity(value)
         return self._names.get(id(value), 0)
@@ -347,6 +356,8 @@ _MEMBERS: dict[type, tuple[bool, tuple[str, ...], bool]] = {}
 
 
 def _form_of(kind: type) -> str:
+    if kind in _FORMS:
+        return _FORMS[kind]
     form = next((form for form, each in _BUILT_IN if issubclass(kind, each)), "")
     if not form:
         is_ours = kind.__module__.split(".")[0] in ("emu", "patches", "klpemu")
@@ -358,6 +369,8 @@ def _form_of(kind: type) -> str:
 
 def _members_of(kind: type) -> tuple[bool, tuple[str, ...], bool]:
     """Whether instances have a __dict__, their slots, and whether somebody is told when they change."""
+    if kind in _MEMBERS:
+        return _MEMBERS[kind]
     slots = [each.__dict__.get("__slots__", ()) for each in kind.__mro__]
     names = [name for each in slots for name in ((each,) if isinstance(each, str) else each)]
     names = [name for name in names if name not in _BOUNDS and not name.startswith("__")]

@@ -104,7 +104,15 @@ class Slab:
         """Damaged red zones and freed objects written to, as `memory` shows them."""
         found = []
         read = memory.read
+        page, start = b"", 0  # objects that lie in one page are looked at in it
         for address, (size, tag) in self.live.items():
+            before, end = address - RED_ZONE - start, address + size + RED_ZONE - start
+            if not 0 <= before < end <= len(page):
+                start = (address - RED_ZONE) & -PAGE_SIZE
+                before, end = address - RED_ZONE - start, address + size + RED_ZONE - start
+                page = read(start, PAGE_SIZE) if end <= PAGE_SIZE else b""
+            if page and page[before : before + RED_ZONE] == _RED == page[end - RED_ZONE : end]:
+                continue
             for at, side in ((address - RED_ZONE, "before"), (address + size, "behind")):
                 zone = read(at, RED_ZONE)
                 if zone != _RED:

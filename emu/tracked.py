@@ -30,6 +30,7 @@ _SCALARS: Final = (int, str, bytes, float, bool, type(None), type, Enum, BaseExc
 LEFT_OUT: Final = (
     *("VCpu", "Arena", "AddressSpace", "RecordingSpace", "Recorder", "EventTrace", "FlightRecorder"),
     *("Timers", "RecordingTimers", "Timeline", "Scenario", "Layouts", "Unwinder", "Image", "Struct"),
+    *("SameState", "ReturnedCalls"),
 )
 # What counts its checks, or is the hub's own way of working.
 _PRIVATE: Final = frozenset({"_checks", "_running", "_current", "_greenlet", "_failures", "activations"})

@@ -20,6 +20,8 @@ from patches.invariants.consistency import FREED, LEFT, MIXED
 from patches.invariants.fetches import FETCH
 from patches.invariants.finding import Finding, Report
 from patches.invariants.forced import PINS
+from patches.invariants.grace import GRACE
+from patches.invariants.moments import MOMENT
 from patches.invariants.reachable import IN_USE
 from patches.invariants.replacement import STAY
 from patches.invariants.verify import INVARIANTS as OF_ONE_STATE
@@ -29,7 +31,10 @@ __all__ = ["ERROR", "INVARIANTS", "TASK_WORDS", "Expectations", "is_task_word"]
 UNCHANGED: Final = failures_leave_the_state_before.__name__
 WARNS: Final = "the_kernel_does_not_warn"
 ERROR: Final = "error_is_the_expected_one"
-_OF_A_TIME: Final = (MIXED, LEFT, FREED, FETCH, STAY, PINS, IN_USE, WARNS, UNCHANGED, RESTORES)
+_OF_A_TIME: Final = (
+    *(MIXED, LEFT, FREED, FETCH, MOMENT, GRACE),
+    *(STAY, PINS, IN_USE, WARNS, UNCHANGED, RESTORES),
+)
 INVARIANTS: Final = (*(each.__name__ for each in OF_ONE_STATE), *_OF_A_TIME)
 TASK_WORDS: Final = ("patched", "unpatched", "in FUNCTION", "exited")
 _IN: Final = re.compile(r"in ([\w.$]+)")

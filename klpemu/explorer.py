@@ -163,7 +163,7 @@ class Explorer:
         tracking = Tracking(recorder)
         for root in (machine, *roots):
             tracking.track(root)
-        self._same = SameState(machine, recorder, tracking, judged)
+        self._same = same = SameState(machine, recorder, tracking, judged)
         advance, candidates = machine.hub.advance, machine.sched.candidates
         run, finish = machine.hub.run, machine.hub.finish
 
@@ -171,6 +171,7 @@ class Explorer:
             top = task.top
             self._service = top if isinstance(top, Service) else None
             self._step = Footprint()
+            self._step.seen = same.seen(self._service)
             with recorder.into(self._step):
                 advance(task, instructions)
 
@@ -214,6 +215,8 @@ class Explorer:
     def begin(self, forked: Forked, preemptions: int) -> None:
         """This process makes the first run, with so many preemptions to be tried."""
         self._forked, self._left, self._is_first = forked, preemptions, True
+        if self._same is not None:  # never in the process that was asked: this stays
+            self._same.returned_calls.install()
 
     def begin_step(self, number: int) -> None:
         """A step of the scenario begins: what was before is judged, and that looks at everything."""
@@ -306,8 +309,7 @@ class Explorer:
 
     def _branch(self, tasks: Sequence[Task], default: Task, goes_on: bool) -> Task:
         """Let others go the other ways; returns which way this process goes."""
-        branch = self._here()
-        self._branches.append(branch)
+        self._branches.append(branch := self._here())
         if goes_on and not self._left:
             return default
         for task in tasks:

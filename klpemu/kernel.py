@@ -28,6 +28,8 @@ from patches.invariants.consistency import Consistency
 from patches.invariants.fetches import FetchedText
 from patches.invariants.finding import Report
 from patches.invariants.forced import ForcedPatches
+from patches.invariants.grace import GracePeriods
+from patches.invariants.moments import EveryMoment
 from patches.invariants.reachable import FreedObjects
 from patches.invariants.relocations import expected_texts
 from patches.invariants.replacement import ReplacedPatches
@@ -37,6 +39,8 @@ from patches.klp import Klp
 from patches.livepatch import VMLINUX, Patch
 
 __all__ = ["EXPORTING", "EnabledPatch", "Kernel", "Trace"]
+
+Witness = EveryMoment | FetchedText | ForcedPatches | FreedObjects | GracePeriods | ReplacedPatches
 
 # Modules whose functions enter themselves into KLP_EXPORTS.
 EXPORTING = (shadow,)
@@ -72,13 +76,15 @@ class Kernel:
         self.machine = machine
         self.klp = Klp(machine)
         self.consistency = Consistency(machine) if observe else None
-        self._witnesses: tuple[FetchedText | ReplacedPatches | ForcedPatches | FreedObjects, ...] = ()
+        self._witnesses: tuple[Witness, ...] = ()
         if observe:
             self._witnesses = (
                 FetchedText(machine),
                 ReplacedPatches(machine),
                 ForcedPatches(machine),
                 FreedObjects(machine),
+                EveryMoment(machine),
+                GracePeriods(machine),
             )
         self.remembered = Remembered(machine.space)
         self._sites: tuple[tuple[tuple[LoadedObject, int], ...], frozenset[int]] = ((), frozenset())

@@ -143,6 +143,8 @@ def _strings(texts: Iterable[str]) -> str:
 
 def _string(text: str) -> str:
     """A basic string of TOML (v1.0.0, "String"): control characters are escaped."""
+    if text.isprintable() and '"' not in text and "\\" not in text:  # as nearly all are
+        return f'"{text}"'
     return '"' + "".join(_ESCAPES.get(each) or _character(each) for each in text) + '"'
 
 

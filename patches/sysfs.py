@@ -48,7 +48,7 @@ def directories(klp: Klp) -> dict[str, int]:
     kobjects = {path: address for address, path in klp.machine.kobjects.sd.items()}
     kernfs = klp.machine.kernfs
     root = klp.machine.kobjects.sd[klp.klp_root_kobj.address_]
-    return {path: kobjects.get(path, 0) for path in kernfs.walk(root) if kernfs.stat(path).is_dir}
+    return {path: kobjects.get(path, 0) for path in kernfs.directories(root)}
 
 
 def klp_patch_attrs(klp: Klp) -> Sequence[Attribute]:

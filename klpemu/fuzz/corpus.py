@@ -2,14 +2,15 @@
 
 Each is a scenario of its own, which `klpemu run` performs.  Beside an entry stand the numbers of what it has
 reached that none before it had (klpemu/fuzz/coverage.py), so that nobody has to perform it to know.  A file
-comes into being under another name, is brought to the disk and then renamed: whenever the process is killed,
-every file is there whole or not at all, and nothing that was reported is lost.  Several processes can use one
-folder.
+comes into being under another name and is then renamed: whenever the process is killed, every file is there
+whole or not at all, and nothing that was reported is lost.  Findings are brought to the disk before.  Several
+processes can use one folder.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import pickle
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ ENTRIES: Final = "entries"
 FINDINGS: Final = "findings"
 PROGRESS: Final = "progress"
 REACHED: Final = ".reached"
+UNDER_WAY: Final = ".now"
 _UNFINISHED: Final = ".part"
 _TEST: Final = '''"""{what}
 
@@ -93,8 +95,8 @@ class Corpus:
         test = _TEST.format(
             what=what.replace("\\", "/").replace('"""', "'''"), name=_word(signature), scenario=path.name
         )
-        write_whole(path.with_name(f"test_{_word(signature)}.py"), test)
-        write_whole(path, scenario_text(scenario, comment=what.splitlines()))
+        write_whole(path.with_name(f"test_{_word(signature)}.py"), test, to_disk=True)
+        write_whole(path, scenario_text(scenario, comment=what.splitlines()), to_disk=True)
         return path
 
     def finding(self, signature: str) -> Path:
@@ -104,6 +106,21 @@ class Corpus:
     def findings(self) -> list[Path]:
         """The scenarios of all that was found."""
         return sorted((self.folder / FINDINGS).glob("*.toml"))
+
+    def note_under_way(self, job: str, steps: Sequence[Step]) -> None:
+        """Write down what a job is about to perform, for whoever finds it dead; not brought to the disk."""
+        path = self.folder / PROGRESS / f"{job}{UNDER_WAY}"
+        path.write_bytes(pickle.dumps(tuple(steps)))
+
+    def under_way(self, job: str) -> tuple[Step, ...]:
+        """What a job was performing when it died; nothing if nobody knows."""
+        try:
+            steps: tuple[Step, ...] = pickle.loads(
+                (self.folder / PROGRESS / f"{job}{UNDER_WAY}").read_bytes()
+            )
+        except (OSError, pickle.UnpicklingError, EOFError):
+            return ()
+        return steps
 
     def runs_of(self, job: str) -> int:
         """How many runs a job has behind it: the next start goes on there."""
@@ -117,14 +134,20 @@ class Corpus:
         write_whole(self.folder / PROGRESS / job, f"{runs}\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all, whenever the process is killed."""
+def write_whole(path: Path, text: str, *, to_disk: bool = False) -> None:
+    """Write a file so that it is there whole or not at all, whenever the process is killed.
+
+    With `to_disk` also when the machine is; that takes milliseconds.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     with open(part, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if to_disk:
+            os.fsync(file.fileno())
     os.replace(part, path)
+    if not to_disk:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

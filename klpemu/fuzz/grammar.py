@@ -135,8 +135,8 @@ class Grammar:
     ) -> Step:
         if before and self._begins_transition(before[-1]) and random_.random() < 0.5:
             return random_.choice([each for each in operations[Action.RUN] if each.msecs in SETTLING])
-        # Who has just been started is in the middle of something: that is when to change something.
-        starts = bool(before) and before[-1].action is Action.SPAWN
+        # Who has been started lately is in the middle of something: that is when to change something.
+        starts = any(each.action is Action.SPAWN for each in before[-3:])
         kinds = [each for each in _WEIGHTS if each in operations]
         if starts and random_.random() < 0.5:
             kinds = [each for each in kinds if each in _CHANGES] or kinds

@@ -19,7 +19,7 @@ from klpemu.fuzz.sequence_runner import Prefix, Run, SequenceRunner
 from klpemu.fuzz.shrink import shrunk
 from klpemu.scenario import Action, Scenario, Step
 
-__all__ = ["Found", "Search", "Tally"]
+__all__ = ["Found", "Search", "Tally", "name_of", "scenario_of"]
 
 # Of the steps that are executed, those of sequences from nothing, and of variations of older sequences.
 FRESH, VARIED = 0.15, 0.15
@@ -64,7 +64,7 @@ class Search:
         self._corpus = corpus
         self._grammar = Grammar(world)
         self._runner = SequenceRunner(world)
-        self._seed, self._job = f"{seed}/{job}", f"{seed}-{job}"
+        self._seed, self._job = f"{seed}/{job}", name_of(seed, job)
         self._behind = corpus.runs_of(self._job)
         self._entries: list[tuple[Step, ...]] = []
         self._points = Points(POINTS)
@@ -118,6 +118,7 @@ class Search:
             # The newest entries are varied most: they are where nobody has been.
             entry = self._entries[-1 - int(len(self._entries) * random_.random() ** 3)]
             steps = self._grammar.varied(random_, entry)
+        self._corpus.note_under_way(self._job, steps)
         run = self._runner.run(steps)
         self.tally.executed += len(run.steps)
         self._fresh += len(run.steps) * fresh
@@ -135,6 +136,7 @@ class Search:
         return self._go_on(point, self._grammar.behind(random_, point.steps, count))
 
     def _go_on(self, point: Prefix, steps: Sequence[Step]) -> Run:
+        self._corpus.note_under_way(self._job, (*point.steps, *steps))
         run = self._runner.run(steps, point)
         self.tally.executed += len(run.steps) - len(point.steps)
         return run
@@ -158,7 +160,7 @@ class Search:
         self._note(run.steps, new)
         self.tally.entries += write
         if write:
-            self._corpus.add(self._scenario(run.steps), new)
+            self._corpus.add(scenario_of(self._world, run.steps), new)
         return bool(counted(new, STATE) or counted(new, OPERATION))
 
     def _note(self, steps: Sequence[Step], reached: Sequence[int]) -> None:
@@ -180,7 +182,7 @@ class Search:
         steps = [replace(each, error="") for each in run.steps]
         if fails(steps):
             run = self._runner.run(shrunk(steps, fails))
-        scenario = self._smaller(self._scenario(run.steps), signature)
+        scenario = self._smaller(scenario_of(self._world, run.steps), signature)
         what = "\n".join(str(each) for each in run.findings)
         if not _shows(scenario, signature):
             what += "\nklpemu: the scenario alone does not show it: please report that, too"
@@ -188,19 +190,6 @@ class Search:
             return None
         self.tally.findings += 1
         return Found(signature, what, scenario, runs)
-
-    def _scenario(self, steps: Sequence[Step]) -> Scenario:
-        """The steps as a scenario of their own, with what they name."""
-        named = {each.target for each in steps}
-        tasks = {name for step in steps for name, _ in step.schedule} | named
-        return replace(
-            self._world,
-            title="",
-            steps=tuple(steps),
-            patches={name: each for name, each in self._world.patches.items() if name in named},
-            tasks={name: each for name, each in self._world.tasks.items() if name in tasks}
-            or dict(list(self._world.tasks.items())[:1]),
-        )
 
     def _smaller(self, scenario: Scenario, signature: str) -> Scenario:
         """Without tasks and modules, as far as it still shows the finding."""
@@ -217,3 +206,22 @@ class Search:
 def _shows(scenario: Scenario, signature: str) -> bool:
     """Performed alone, on a kernel that was just booted, it has the finding."""
     return any(f" {signature}: " in each for each in replayed(scenario))
+
+
+def name_of(seed: int, job: int) -> str:
+    """The name of a job, by which its progress is written down."""
+    return f"{seed}-{job}"
+
+
+def scenario_of(world: Scenario, steps: Sequence[Step]) -> Scenario:
+    """The steps as a scenario of their own, with what they name."""
+    named = {each.target for each in steps}
+    tasks = {name for step in steps for name, _ in step.schedule} | named
+    return replace(
+        world,
+        title="",
+        steps=tuple(steps),
+        patches={name: each for name, each in world.patches.items() if name in named},
+        tasks={name: each for name, each in world.tasks.items() if name in tasks}
+        or dict(list(world.tasks.items())[:1]),
+    )

@@ -1,7 +1,7 @@
 """Two states of one machine: what a failure must not change, and what must be again as it was."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from emu.memory import read_u32
@@ -34,9 +34,9 @@ def state_of(subject: Subject) -> State:
     """The present state."""
     ops = entries(subject, subject.symbols["klp_ops"], "klp_ops", "node")
     stack_at = subject.layouts.offsetof("klp_ops", "func_stack")
-    left = {at: size for each in subject.livepatches for at, size in fields_for_modules(each).items()}
+    left = tuple(field for each in subject.livepatches for field in fields_for_modules(each).items())
     return State(
-        text=tuple((at, _patched(subject, at, size, left)) for at, size in _texts(subject)),
+        text=subject.once(_patched, left),
         patches=tuple(entries(subject, subject.symbols["klp_patches"], "klp_patch", "list")),
         func_stacks=tuple(tuple(entries(subject, at + stack_at, "klp_func", "stack_node")) for at in ops),
         ops=tuple((each.ops.address_, each.ops.flags) for each in subject.ftrace.ops),
@@ -77,16 +77,13 @@ class RestoredText:
         self._was_off |= not read_u32(subject.memory, subject.symbols["ftrace_enabled"])
         if subject.ftrace.ops:
             return
-        for text in subject.texts:
-            loaded, *original = self._original.get(text.address, (b"", "", ""))
+        for text, (address, digest) in zip(subject.texts, subject.once(_patched, ()), strict=True):
+            loaded, *original = self._original.get(address, (b"", "", ""))
             size = len(text.contents)
             if loaded != text.contents:
-                digests = (
-                    subject.once(_digest, text.address, size),
-                    subject.once(_without_calls, text.address, size),
-                )
-                self._original[text.address] = text.contents, *digests
-            elif original[0] == subject.once(_digest, text.address, size) or (
+                without_calls = subject.once(_without_calls, address, size)
+                self._original[address] = text.contents, digest, without_calls
+            elif original[0] == digest or (
                 self._was_off
                 and original[1]
                 and original[1] == subject.once(_without_calls, text.address, size)
@@ -109,21 +106,22 @@ def _without_calls(subject: Subject, address: int, size: int) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _texts(subject: Subject) -> list[tuple[int, int]]:
-    """Address and size in bytes of every executable section."""
-    return [(text.address, len(text.contents)) for text in subject.texts]
-
-
-def _patched(subject: Subject, address: int, size: int, left: Mapping[int, int]) -> str:
-    """The digest of a text without the fields that klp relocations have `left`, which no failure undoes."""
-    fields_ = {at: length for at, length in left.items() if address <= at < address + size}
-    if not fields_:
-        digest: str = subject.once(_digest, address, size)
-        return digest
-    data = bytearray(subject.memory.read(address, size))
-    for at, length in fields_.items():
-        data[at - address : at - address + length] = bytes(length)
-    return hashlib.sha256(data).hexdigest()
+def _patched(subject: Subject, left: tuple[tuple[int, int], ...]) -> tuple[tuple[int, str], ...]:
+    """Address and digest of every executable section, without the fields (address and size) that klp
+    relocations have `left`, which no failure undoes.
+    """
+    found = []
+    for text in subject.texts:
+        address, end = text.address, text.address + len(text.contents)
+        fields_ = [(at, length) for at, length in left if address <= at < end]
+        if not fields_:
+            found.append((address, subject.once(_digest, address, end - address)))
+            continue
+        data = bytearray(subject.memory.read(address, end - address))
+        for at, length in fields_:
+            data[at - address : at - address + length] = bytes(length)
+        found.append((address, hashlib.sha256(data).hexdigest()))
+    return tuple(found)
 
 
 def _digest(subject: Subject, address: int, size: int) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from emu.memory import read_string
 from patches.invariants.finding import Finding
@@ -21,7 +22,7 @@ def log_agrees_with_the_patches(subject: Subject) -> Iterator[Finding | None]:
 
     Source: klp_start_transition() and klp_complete_transition() of kernel/livepatch/transition.c.
     """
-    said = {found[1]: found[2] for line in subject.log if (found := SAID.search(line))}
+    said = dict(filter(None, map(_said, subject.log)))
     transition = subject.pointer("klp_transition_patch")
     name_at = subject.layouts.offsetof("module", "name")
     for address in entries(subject, subject.symbols["klp_patches"], "klp_patch", "list"):
@@ -40,3 +41,10 @@ def log_agrees_with_the_patches(subject: Subject) -> Iterator[Finding | None]:
         else:
             what = f"the log said last of '{name}': {said[name]}; by its structs it is: {expected}"
             yield Finding("log_agrees_with_the_patches", what, address, subject.place(address))
+
+
+@lru_cache(maxsize=1 << 12)
+def _said(line: str) -> tuple[str, str] | None:
+    """The patch that a line is about, and what it says of it; most lines were there a step ago."""
+    found = SAID.search(line)
+    return None if found is None else (found[1], found[2])

@@ -5,9 +5,11 @@ What was written into which field, and with which symbol value, is the core's ow
 module has gone nothing else knows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from elf.errors import ElfError, SymbolError
+from elf.image import Image
 from elf.klp_sections import KlpRelocation, klp_relocations, klp_sections, section_objname
 from elf.relocation import RULES, Rule, type_name
 from elf.section import Section
@@ -28,8 +30,8 @@ def expected_texts(loaded: LoadedObject) -> list[Text]:
     if not loaded.placement.klp.written:
         return loaded.texts
     fields: dict[int, bytes] = {}
-    for rela in klp_sections(loaded.placement.image):
-        for number, each in enumerate(klp_relocations(loaded.placement.image, rela)):
+    for rela, relocations in _klp_tables(loaded.placement.image):
+        for number, each in enumerate(relocations):
             value = loaded.placement.klp.written.get((rela.index, number))
             if value is not None:
                 location = loaded.placement.addresses[rela.info] + each.offset
@@ -48,9 +50,9 @@ def fields_for_modules(loaded: LoadedObject) -> dict[int, int]:
     placement = loaded.placement
     return {
         placement.addresses[rela.info] + each.offset: RULES[each.type].size
-        for rela in klp_sections(placement.image)
+        for rela, relocations in _klp_tables(placement.image)
         if section_objname(rela.name) != VMLINUX and rela.info in placement.addresses
-        for each in klp_relocations(placement.image, rela)
+        for each in relocations
         if each.type in RULES
     }
 
@@ -64,7 +66,7 @@ def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:
     objects = _objects(subject)
     for loaded in subject.livepatches:
         known = objects.get(loaded.name, {})
-        for rela in klp_sections(loaded.placement.image):
+        for rela, relocations in _klp_tables(loaded.placement.image):
             target = loaded.placement.image.sections[rela.info]
             if target.index not in loaded.placement.addresses or target in loaded.placement.per_cpu:
                 what = f"{rela.name} is never applied: {target.name} is not in the module's memory"
@@ -76,9 +78,26 @@ def klp_relocations_are_right(subject: Subject) -> Iterator[Finding | None]:
                 address = loaded.placement.addresses[target.index]
                 yield Finding(INVARIANT, what, address, subject.place(address))
             is_there = objname == VMLINUX or known.get(objname, False)
-            for number, each in enumerate(klp_relocations(loaded.placement.image, rela)):
+            for number, each in enumerate(relocations):
                 if each.type in RULES:
                     yield from _entry(subject, loaded, rela, number, each, is_there=is_there)
+
+
+def _klp_tables(image: Image) -> Iterable[tuple[Section, Iterable[KlpRelocation]]]:
+    """The klp relocation sections of a file with their entries; an error is raised where it is met."""
+    known = _read(image)
+    if known is not None:
+        return known
+    return ((rela, klp_relocations(image, rela)) for rela in klp_sections(image))
+
+
+@lru_cache(maxsize=256)
+def _read(image: Image) -> tuple[tuple[Section, tuple[KlpRelocation, ...]], ...] | None:
+    """The same at once, as a file does not change; None if it has something wrong."""
+    try:
+        return tuple((rela, tuple(klp_relocations(image, rela))) for rela in klp_sections(image))
+    except ElfError:
+        return None
 
 
 def _entry(
@@ -88,32 +107,34 @@ def _entry(
     rule = RULES[each.type]
     location = loaded.placement.addresses[rela.info] + each.offset
     value = loaded.placement.klp.written.get((rela.index, number))
-    what = f"{type_name(each.type)} against {each.symbol.name}"
-    place = subject.place(location)
     target = loaded.placement.image.sections[rela.info]
     if is_there:
         wanted = _resolved(subject, each)
         if value is None:
-            yield Finding(INVARIANT, f"{what} is not written", location, place)
+            yield Finding(INVARIANT, f"{_what(each)} is not written", location, subject.place(location))
         elif value != wanted:
-            yield value_finding(
-                INVARIANT, f"{what} is written for another address", location, place, wanted, value
-            )
+            what = f"{_what(each)} is written for another address"
+            yield value_finding(INVARIANT, what, location, subject.place(location), wanted, value)
         else:
             yield None
     if value is None:
         return
     if each.offset + rule.size > target.size:
-        outside = f"{what} lies outside of {target.name}, which has {target.size:#x} bytes"
-        yield Finding(INVARIANT, outside, location, place)
+        outside = f"{_what(each)} lies outside of {target.name}, which has {target.size:#x} bytes"
+        yield Finding(INVARIANT, outside, location, subject.place(location))
     else:
         yield None
     total = _total(rule, value, each, location)
     signed = total - 2**64 if rule.minimum < 0 and total >= 2**63 else total
     if not rule.minimum <= signed <= rule.maximum:
-        yield Finding(INVARIANT, f"{what} is cut off: {total:#x} does not fit its field", location, place)
+        what = f"{_what(each)} is cut off: {total:#x} does not fit its field"
+        yield Finding(INVARIANT, what, location, subject.place(location))
     else:
         yield None
+
+
+def _what(each: KlpRelocation) -> str:
+    return f"{type_name(each.type)} against {each.symbol.name}"
 
 
 def _resolved(subject: Subject, each: KlpRelocation) -> int:

@@ -15,6 +15,8 @@ from patches.invariants.before_and_after import RestoredText, failures_leave_the
 from patches.invariants.consistency import Consistency
 from patches.invariants.fetches import FetchedText
 from patches.invariants.forced import ForcedPatches
+from patches.invariants.grace import GracePeriods
+from patches.invariants.moments import EveryMoment
 from patches.invariants.reachable import FreedObjects
 from patches.invariants.replacement import ReplacedPatches
 from patches.invariants.verify import INVARIANTS
@@ -38,6 +40,8 @@ _JUDGES: Final[tuple[Callable[..., Any], ...]] = (
     Consistency._switched,
     Consistency.about_to_free,
     FreedObjects,
+    EveryMoment,
+    GracePeriods,
     FetchedText,
     ReplacedPatches,
     ForcedPatches,

@@ -15,6 +15,7 @@ TABLE = "klp_shadow_hash"
 HASH_BITS = 12
 ROW = 512  # bytes
 EMPTY = bytes(ROW)
+EMPTY_TABLE = bytes(8 << HASH_BITS)
 GOLDEN_RATIO = 0x61C8_8646_80B5_83EB  # GOLDEN_RATIO_64 of include/linux/hash.h
 
 
@@ -104,6 +105,8 @@ def _nodes(subject: Subject) -> Iterator[tuple[int, int, int]]:
 
 def _heads(table: bytes) -> Iterator[tuple[int, int]]:
     """Number and first pointer of each bucket that is not empty.  Most are: they are passed by in rows."""
+    if table == EMPTY_TABLE:
+        return
     for start in range(0, len(table), ROW):
         row = table[start : start + ROW]
         if row != EMPTY:

@@ -113,6 +113,9 @@ class Subject:
         return read_u64(self.memory, self.symbols[symbol])
 
 
+_FIELDS: Final = tuple(each.name for each in fields(Subject))
+
+
 class RememberingSubject(Subject):
     """A subject that says what is looked at, for `Remembered.call`: memory through `remembered`, and facts.
 
@@ -126,7 +129,7 @@ class RememberingSubject(Subject):
         """The same state, looked at through what is remembered."""
         made = cls.__new__(cls)
         # Nothing that was computed from the state is taken over: it has to be read again, and that noted.
-        made.__dict__.update({each.name: subject.__dict__[each.name] for each in fields(Subject)})
+        made.__dict__.update({name: subject.__dict__[name] for name in _FIELDS})
         made.__dict__.update(memory=remembered, remembered=remembered, _facts={})
         return made
 
@@ -140,6 +143,13 @@ class RememberingSubject(Subject):
         """The same once more, for a function whose reading is noted apart from that of others."""
         made = type(self).of(self, self.remembered)
         made.__dict__["_facts"] = self.__dict__["_facts"]
+        return made
+
+    def unwatched(self) -> Subject:
+        """The same state for what is not remembered: nobody notes what that looks at."""
+        made = Subject.__new__(Subject)
+        made.__dict__.update({name: self.__dict__[name] for name in _FIELDS})
+        made.__dict__.update(memory=self.remembered.space, ftrace=self.fact("ftrace"))
         return made
 
     def fact(self, name: str) -> Hashable:

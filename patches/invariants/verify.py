@@ -53,11 +53,21 @@ INVARIANTS: tuple[Invariant, ...] = (
 )
 
 
-# What is remembered, in groups that read the same parts of a state.  The others are judged in less time than
-# it takes to note what they read.
+# What is remembered, in groups that read the same parts of a state.  Of the others each state has something
+# new: the heap, the tasks, the log.
 REMEMBERED: tuple[tuple[Invariant, ...], ...] = (
     (text_matches_records, records_match_ops, trampolines_are_copies, ipmodify_is_exclusive),
     (calls_reach_the_expected_function,),
+    (
+        klp_relocations_are_right,
+        lists_are_well_formed,
+        patches_are_listed,
+        func_stacks_hold_the_patches,
+        one_ops_per_function,
+        newest_wins,
+        objects_know_their_modules,
+        sysfs_shows_the_patches,
+    ),
 )
 
 # How many single checks were made, and what was found.
@@ -78,7 +88,7 @@ def verify(subject: Subject, step: str = "", remembered: Remembered | None = Non
         watched = RememberingSubject.of(subject, remembered)
         for together in REMEMBERED:
             judged |= remembered.call(_judged, watched.afresh(), *together)
-        judged |= _judged(watched, *(each for each in INVARIANTS if each.__name__ not in judged))
+        judged |= _judged(watched.unwatched(), *(each for each in INVARIANTS if each.__name__ not in judged))
     checks = {each.__name__: judged[each.__name__][0] for each in INVARIANTS}
     found = (finding for name in checks for finding in judged[name][1])
     return Report(step, checks, tuple(replace(each, step=step) for each in found))

@@ -7,7 +7,7 @@ from patches.invariants.subject import Subject
 
 __all__ = ["Break", "broken_links", "entries"]
 
-NEXT, PREV = 0, 8
+NEXT, PREV, NODE = 0, 8, 16  # of struct list_head, in bytes
 
 # A link that does not agree with the one back: where it is, what it says, and what it should say.
 Break = tuple[int, int, int]
@@ -54,15 +54,18 @@ def _walk(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]
 def _followed(subject: Subject, head: int, direction: int) -> tuple[list[int], bool]:
     """This ends: a node that came up twice would have to agree with two different links back."""
     found: list[int] = []
+    read, back = subject.memory.read, direction ^ PREV
     at = head
     try:
+        following = int.from_bytes(read(at + direction, 8), "little")
         while True:
-            following = read_u64(subject.memory, at + direction)
-            if read_u64(subject.memory, following + (PREV - direction)) != at:
+            node = read(following, NODE)  # both of its links at once
+            if int.from_bytes(node[back : back + 8], "little") != at:
                 return found, False
             if following == head:
                 return found, True
             found.append(following)
             at = following
+            following = int.from_bytes(node[direction : direction + 8], "little")
     except MemoryFault:
         return found, False

@@ -155,3 +155,39 @@ def test_what_a_run_has_resolved_is_not_resolved_in_the_next() -> None:
     kernel.verify().raise_for_findings()
     point.restore()
     kernel.verify().raise_for_findings()
+
+
+def test_who_watches_basic_blocks_watches_for_good_and_is_told_once() -> None:
+    kernel = Kernel.load()
+    first: list[int] = []
+    kernel.machine.cpus[0].observe(first.append)
+    point = RestorePoint(kernel.machine, kernel)
+    second: list[int] = []
+    kernel.machine.cpus[0].observe(second.append)
+    point.restore()
+    first.clear()
+    kernel.call("area_of", 6, 7)
+    assert first.count(kernel.machine.symbol("area_of")) == 1
+    assert second == first
+
+
+def test_an_object_with_slots_gets_back_what_was_set_and_loses_what_was_not() -> None:
+    class Slotted:
+        __slots__ = ("absent", "number", "numbers")
+
+    kernel, each = Kernel.load(), Slotted()
+    each.number, each.numbers = 1, [1]
+    whole = Slotted()
+    whole.absent, whole.number, whole.numbers = 1, 2, [3]
+    point = RestorePoint(kernel.machine, [each, whole])
+    kept = each.numbers
+    each.absent, each.number = 5, 2
+    each.numbers.append(2)
+    whole.number = 7
+    whole.numbers = []
+    del whole.absent
+    point.restore()
+    assert not hasattr(each, "absent")
+    assert (each.number, each.numbers) == (1, [1])
+    assert each.numbers is kept
+    assert (whole.absent, whole.number, whole.numbers) == (1, 2, [3])

@@ -80,7 +80,7 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(OSError, match="full"):
-        write_whole(path, "new and longer")
+        write_whole(path, "new and longer", to_disk=True)
     assert path.read_text() == "old"
 
 
