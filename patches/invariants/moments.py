@@ -61,7 +61,8 @@ class EveryMoment:
         """What was checked and found since the last report."""
         checks, self._checks = self._checks, 0
         found, self._findings = self._findings, []
-        return Report(step, {MOMENT: checks}, tuple(replace(each, step=step) for each in found))
+        once = dict.fromkeys(replace(each, step=step) for each in found)
+        return Report(step, {MOMENT: checks}, tuple(once))
 
     def _event(self, event: Event) -> None:
         size = len(event.after)

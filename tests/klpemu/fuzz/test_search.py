@@ -69,8 +69,10 @@ def test_the_test_beside_a_finding_fails(tmp_path: Path) -> None:
     assert "every_fetch_is_an_instruction" in result.stdout
 
 
-def test_without_a_bug_nothing_is_found(tmp_path: Path) -> None:
-    assert search(tmp_path, "", 60) is None
+@pytest.mark.parametrize("seed", [2, 3])
+def test_without_a_bug_nothing_is_found_in_minutes(seed: int, tmp_path: Path) -> None:
+    """Together the runs of three minutes, at fifty a second."""
+    assert search(tmp_path, "", 4500, seed) is None
 
 
 def test_a_finding_that_is_known_is_not_reported_again(tmp_path: Path) -> None:
@@ -117,5 +119,7 @@ def test_bugs_of_the_museum_are_found_from_an_empty_corpus(bug: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_without_a_bug_nothing_is_found_in_many_runs(tmp_path: Path) -> None:
-    assert search(tmp_path, "", 5000) is None
+@pytest.mark.parametrize("seed", range(4, 12))
+def test_without_a_bug_nothing_is_found_in_an_hour(seed: int, tmp_path: Path) -> None:
+    """Together the runs of an hour, at fifty a second."""
+    assert search(tmp_path, "", 22_500, seed) is None
