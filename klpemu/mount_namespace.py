@@ -50,9 +50,14 @@ def start(
     path = f"{mountpoint}{BIN}:{given.get('PATH', os.defpath)}"
     if shutil.which(command[0], path=path) is None:
         raise KlpemuError("no such command", where=command[0])
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        raise KlpemuError("the host has no unshare(1)", advice="install the package util-linux")
     script = "\n".join([*_binds(mountpoint), 'exec "$@"'])
+    # By its whole path: looked for along PATH it would be looked for in the mount, by a child that has the
+    # GIL's owner wait in vfork(2), while this process has to answer.
     return subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh", *command],
+        [unshare, "--mount", "--propagation", "private", "sh", "-ec", script, "sh", *command],
         env=given | {"PATH": path},
         **popen,
     )

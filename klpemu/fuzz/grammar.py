@@ -84,6 +84,8 @@ class Grammar:
         steps: list[Step] = []
         operations = self._some(random_, ())
         for _ in range(random_.randint(2, length)):
+            if random_.random() < 0.3:
+                operations = self._some(random_, steps)
             steps.append(self._step(random_, steps, operations))
         return steps
 

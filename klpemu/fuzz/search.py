@@ -22,7 +22,7 @@ from klpemu.scenario import Action, Scenario, Step
 __all__ = ["Found", "Search", "Tally", "name_of", "scenario_of"]
 
 # Of the steps that are executed, those of sequences from nothing, and of variations of older sequences.
-FRESH, VARIED = 0.15, 0.15
+FRESH, VARIED = 0.5, 0.1
 BRANCHES = 8  # sequences that go on from one restore point
 RACES = 0.3  # how often these are one operation under as many schedules
 LONGER = 0.25  # of them, how many take one more step, and of these how many another one
