@@ -52,6 +52,7 @@ _TRANSITIONS: Final = (Action.ENABLE, Action.DISABLE, Action.REVERSE, Action.FOR
 _OF_MODULES: Final = (Action.LOAD, Action.UNLOAD, Action.MODPROBE, Action.RMMOD)
 # What others can be in the middle of something at.
 _CHANGES: Final = (*_TRANSITIONS, Action.LOAD, Action.UNLOAD, Action.FTRACE, Action.UNFTRACE, Action.CALL)
+_LOADS: Final = (Action.LOAD, Action.MODPROBE)
 # The opposite of an operation, by what it does to its target.
 _UNDOES: Final = {
     Action.DISABLE: Action.ENABLE,
@@ -154,6 +155,9 @@ class Grammar:
             if not choices:
                 kind = _UNDOES[kind]
                 choices = operations.get(kind) or self.operations[kind]
+        if kind in _LOADS:  # what has gone comes back
+            gone = {each.target for each in before if each.action in (Action.UNLOAD, Action.RMMOD)}
+            choices = [each for each in choices if _module(each) in gone] or choices
         step = random_.choice(choices)
         if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
             return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
