@@ -110,7 +110,9 @@ class Corpus:
     def note_under_way(self, job: str, steps: Sequence[Step]) -> None:
         """Write down what a job is about to perform, for whoever finds it dead; not brought to the disk."""
         path = self.folder / PROGRESS / f"{job}{UNDER_WAY}"
-        path.write_bytes(pickle.dumps(tuple(steps)))
+        part = path.with_suffix(_UNFINISHED)
+        part.write_bytes(pickle.dumps(tuple(steps)))
+        os.replace(part, path)
 
     def under_way(self, job: str) -> tuple[Step, ...]:
         """What a job was performing when it died; nothing if nobody knows."""
