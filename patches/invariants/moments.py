@@ -83,7 +83,10 @@ class EveryMoment:
     def _linked(self, address: int, value: int) -> None:
         """A pointer was stored: a next of a func_stack, or the prev of a func that is first on one."""
         if address in self._links:
-            self._judge_all(self._links[address])
+            function = self._links[address]
+            if value == address == self._heads.get(function):
+                del self._heads[function]  # the klp_ops is about to be freed
+            self._judge_all(function)
             return
         func = address - LINK - self._node
         if func in self._funcs and value - self._node not in self._funcs and value != LIST_POISON2:
@@ -130,7 +133,6 @@ class EveryMoment:
         memory = self._machine.space
         node = read_u64(memory, head)
         if node == head:
-            del self._heads[function]  # the klp_ops is about to be freed, or another func to come
             return function
         if state == KLP_UNPATCHED and self._func(node - self._node).transition:
             node = read_u64(memory, node)
