@@ -35,12 +35,11 @@ from patches.invariants.relocations import expected_texts
 from patches.invariants.replacement import ReplacedPatches
 from patches.invariants.subject import RememberingSubject, Subject
 from patches.invariants.verify import verify
+from patches.invariants.witness import Witness
 from patches.klp import Klp
 from patches.livepatch import VMLINUX, Patch
 
 __all__ = ["EXPORTING", "EnabledPatch", "Kernel", "Trace"]
-
-Witness = EveryMoment | FetchedText | ForcedPatches | FreedObjects | GracePeriods | ReplacedPatches
 
 # Modules whose functions enter themselves into KLP_EXPORTS.
 EXPORTING = (shadow,)
@@ -271,8 +270,8 @@ class Kernel:
         """What those have found since they were last asked who watch what happens, not what is."""
         if self.consistency is None:
             return Report(step)
-        witnesses = (self.consistency, *self._witnesses)
-        return Report.merged([each.report(step) for each in witnesses], step)
+        reports = [self.consistency.report(step), *(each.report(step) for each in self._witnesses)]
+        return Report.merged(reports, step)
 
     def subject(self) -> Subject:
         """What the invariants judge: the live memory, the loaded files, and the patches that are enabled."""

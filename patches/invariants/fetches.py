@@ -1,11 +1,10 @@
 """While text changes: what any CPU may fetch, judged from the stores of the text poker and its syncs."""
 
-from dataclasses import replace
-
 from emu.cross_modifying import INT3, SYNC, Store, check_change
 from emu.events import Event, EventKind
 from emu.machine import Machine
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
+from patches.invariants.witness import Witness
 
 __all__ = ["FETCH", "FetchedText"]
 
@@ -25,7 +24,7 @@ class _Change:
         self.stores: list[Store | None] = []
 
 
-class FetchedText:
+class FetchedText(Witness):
     """every_fetch_is_an_instruction: At each moment of each poke, whatever a CPU may fetch that has not
     serialised since the last store is the old instruction, the new one, or the breakpoint.
 
@@ -34,18 +33,10 @@ class FetchedText:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, FETCH)
         self._changes: dict[int, _Change] = {}
         self._calls = [machine.symbol(name) for name in ("ftrace_call", "ftrace_regs_call")]
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.events.listen(self._event, EventKind.POKE, EventKind.SYNC)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        return Report(step, {FETCH: checks}, tuple(replace(each, step=step) for each in found))
 
     def _event(self, event: Event) -> None:
         if event.kind is EventKind.POKE and event.note != UNUSED:

@@ -1,12 +1,11 @@
 """A forced transition, judged by which patches it pins."""
 
-from dataclasses import replace
-
 from emu.events import Event, EventKind
 from emu.machine import Machine
 from emu.memory import read_string, read_u64
 from emu.view import list_for_each_entry
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
+from patches.invariants.witness import Witness
 
 __all__ = ["PINS", "ForcedPatches"]
 
@@ -14,7 +13,7 @@ PINS = "a_force_pins_what_it_removes"
 KLP_UNPATCHED = 0
 
 
-class ForcedPatches:
+class ForcedPatches(Witness):
     """a_force_pins_what_it_removes: A patch is marked as forced, so that its module stays for ever, only
     while a transition is on that removes it: its own unpatching, or the patching of one that replaces it.
 
@@ -23,17 +22,9 @@ class ForcedPatches:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, PINS)
         self._forced = machine.layouts.offsetof("klp_patch", "forced")
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.events.listen(self._event, EventKind.STORE)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        return Report(step, {PINS: checks}, tuple(replace(each, step=step) for each in found))
 
     def _event(self, event: Event) -> None:
         if event.after == b"\x01":

@@ -1,13 +1,13 @@
 """Grace periods, judged at each free, whether somebody happens to be in the way at that moment or not."""
 
-from dataclasses import replace
 from typing import Final
 
 from emu.events import Event, EventKind
 from emu.ftrace_ops import FtraceOpsFl
 from emu.machine import Machine
 from emu.memory import read_u64
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
+from patches.invariants.witness import Witness
 
 __all__ = ["GRACE", "GracePeriods"]
 
@@ -16,7 +16,7 @@ OF_TASKS: Final = ("synchronize_rcu_tasks", "synchronize_rcu_tasks_rude")
 POINTER: Final = 8
 
 
-class GracePeriods:
+class GracePeriods(Witness):
     """ops_are_freed_after_a_grace_period: Between taking an ops off ftrace_ops_list and freeing it a grace
     period of tasks passes: a task in the list function or in a trampoline may still hold it.
 
@@ -26,23 +26,15 @@ class GracePeriods:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, GRACE)
         self._head = machine.symbol("ftrace_ops_list")
         self._next = machine.layouts.offsetof("ftrace_ops", "next")
         self._flags = machine.layouts.offsetof("ftrace_ops", "flags")
         self._on: set[int] = set()
         self._off: dict[int, bool] = {}  # what was taken off: whether a grace period has passed since
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.events.listen(self._stored, EventKind.STORE)
         machine.events.listen(self._synchronized, EventKind.SYNC)
         machine.slab.freeing.append(self._freed)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        return Report(step, {GRACE: checks}, tuple(replace(each, step=step) for each in found))
 
     def _stored(self, event: Event) -> None:
         if len(event.after) != POINTER:

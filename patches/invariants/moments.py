@@ -14,7 +14,8 @@ from emu.machine import Machine
 from emu.memory import read_string, read_u32, read_u64
 from emu.module_state import ModuleState
 from emu.view import list_for_each_entry
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
+from patches.invariants.witness import Witness
 
 __all__ = ["MOMENT", "EveryMoment"]
 
@@ -32,7 +33,7 @@ class _Versions:
     module: str
 
 
-class EveryMoment:
+class EveryMoment(Witness):
     """every_moment_has_its_version: While a transition is on, whatever has just been stored, a call by a task
     that is KLP_UNPATCHED would reach what was there without the patch, by one that is KLP_PATCHED what is
     there with it; and no func is in transition while a task is neither.
@@ -42,7 +43,7 @@ class EveryMoment:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, MOMENT)
         offsetof = machine.layouts.offsetof
         self._node = offsetof("klp_func", "stack_node")
         self._transition = offsetof("klp_func", "transition")
@@ -53,16 +54,7 @@ class EveryMoment:
         self._heads: dict[int, int] = {}  # of func_stacks, by function
         self._links: dict[int, int] = {}  # where the next pointers of func_stacks lie: the function
         self._versions: dict[int, _Versions] = {}  # by function
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.events.listen(self._event, EventKind.STORE)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        once = dict.fromkeys(replace(each, step=step) for each in found)
-        return Report(step, {MOMENT: checks}, tuple(once))
 
     def _event(self, event: Event) -> None:
         size = len(event.after)
@@ -101,7 +93,7 @@ class EveryMoment:
             self._checks += 1
             if KLP_UNDEFINED in self._states():
                 what = "a func comes into transition while a task is neither KLP_PATCHED nor KLP_UNPATCHED"
-                self._findings.append(Finding(MOMENT, what, func))
+                self._find(what, func)
         self._judge_all(view.old_func)
 
     def _judge_all(self, function: int) -> None:
@@ -123,7 +115,13 @@ class EveryMoment:
                 f"a call of {describe(function)} by a task that is {version} would reach {describe(found)} "
                 f"now, not {describe(expected)}"
             )
-            self._findings.append(Finding(MOMENT, what, function))
+            self._find(what, function)
+
+    def _find(self, what: str, address: int) -> None:
+        """Once a step: stores and tasks that see the same are many."""
+        finding = Finding(MOMENT, what, address)
+        if finding not in self._findings:
+            self._findings.append(finding)
 
     def _reached(self, function: int, state: int) -> int:
         """Where klp_ftrace_handler() would send a call, with the func_stack as it is now."""

@@ -2,15 +2,15 @@
 
 import bisect
 from collections.abc import Iterator
-from dataclasses import replace
 
 from emu.machine import Machine
 from emu.memory import MemoryFault
 from emu.slab import PAGE_OFFSET
 from emu.task import Task
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
 from patches.invariants.subject import Subject
 from patches.invariants.walk import entries
+from patches.invariants.witness import Witness
 
 __all__ = ["IN_USE", "FreedObjects", "nothing_freed_is_reachable"]
 
@@ -62,7 +62,7 @@ def _reached(subject: Subject) -> Iterator[tuple[str, int]]:
         yield "an ops of ftrace_ops_list", each.ops.address_
 
 
-class FreedObjects:
+class FreedObjects(Witness):
     """nothing_freed_is_in_use: When an ops, a klp_ops, a nop func or a trampoline is freed, no task is in the
     code that redirects calls with a pointer to it in a register, and none is in the trampoline or returns
     into it.
@@ -72,7 +72,7 @@ class FreedObjects:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, IN_USE)
         symbols = machine.vmlinux.symbols
         self._code = [
             range(symbols[first], symbols[last])
@@ -81,16 +81,8 @@ class FreedObjects:
                 ("ftrace_regs_caller", "ftrace_regs_caller_end"),
             )
         ]
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.slab.freeing.append(self._object_freed)
         machine.area.freeing.append(self._area_freed)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        return Report(step, {IN_USE: checks}, tuple(replace(each, step=step) for each in found))
 
     def _object_freed(self, start: int, size: int, tag: str) -> None:
         if not tag.startswith(REDIRECTING):

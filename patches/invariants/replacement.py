@@ -5,14 +5,15 @@ from typing import Any
 from emu.events import Event
 from emu.machine import Machine
 from emu.view import list_for_each_entry
-from patches.invariants.finding import Finding, Report
+from patches.invariants.finding import Finding
+from patches.invariants.witness import Witness
 
 __all__ = ["STAY", "ReplacedPatches"]
 
 STAY = "replaced_patches_stay_to_the_end"
 
 
-class ReplacedPatches:
+class ReplacedPatches(Witness):
     """replaced_patches_stay_to_the_end: A patch that was on klp_patches when a transition of a newer one
     began is on it until that transition is over.
 
@@ -21,20 +22,10 @@ class ReplacedPatches:
     """
 
     def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+        super().__init__(machine, STAY)
         self._at = machine.symbol("klp_transition_patch")
         self._before: list[int] = []
-        self._checks = 0
-        self._findings: list[Finding] = []
         machine.events.listen_at(self._event, self._at)
-
-    def report(self, step: str) -> Report:
-        """What was checked and found since the last report."""
-        checks, self._checks = self._checks, 0
-        found, self._findings = self._findings, []
-        return Report(
-            step, {STAY: checks}, tuple(Finding(each.invariant, each.what, step=step) for each in found)
-        )
 
     def _event(self, event: Event) -> None:
         patch = int.from_bytes(event.after, "little")
