@@ -3,6 +3,7 @@
 `python -m bench.fuzz` prints the table of bugs.
 """
 
+import math
 import random
 import statistics
 import sys
@@ -66,15 +67,20 @@ def found_in(bug: str, seconds: float, seed: int) -> tuple[Found, float] | None:
 
 
 def bug_row(bug: str, seconds: float = 4 * GOAL, seeds: int = SEEDS) -> str:
-    """One line of the table: how many seeds found the bug, and medians over those."""
-    found = [each for seed in range(seeds) if (each := found_in(bug, seconds, seed)) is not None]
-    if not found:
-        return f"{bug:24} 0 of {seeds}"
-    runs = statistics.median(each.runs for each, _ in found)
-    took = statistics.median(seconds for _, seconds in found)
+    """One line of the table: how many seeds found the bug, and medians, to which a seed that did not find it
+    counts as one that would have taken for ever.
+    """
+    tried = [found_in(bug, seconds, seed) for seed in range(seeds)]
+    found = [each for each in tried if each is not None]
+    counted = f"{bug:24} {len(found)} of {seeds}"
+    never = [math.inf] * (seeds - len(found))
+    runs = statistics.median([*(each.runs for each, _ in found), *never])
+    took = statistics.median([*(seconds for _, seconds in found), *never])
+    if math.isinf(took):
+        return counted
     steps = statistics.median(len(each.scenario.steps) for each, _ in found)
     names = ", ".join(sorted({each.signature for each, _ in found}))
-    return f"{bug:24} {len(found)} of {seeds} {runs:8.0f} runs {took:8.1f} s {steps:4.0f} steps  {names}"
+    return f"{counted} {runs:8.0f} runs {took:8.1f} s {steps:4.0f} steps  {names}"
 
 
 def _world(*bugs: str) -> Scenario:

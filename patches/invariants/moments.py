@@ -11,7 +11,7 @@ from typing import Any, Final
 from emu.events import Event, EventKind
 from emu.list import LIST_POISON2
 from emu.machine import Machine
-from emu.memory import read_string, read_u32, read_u64
+from emu.memory import read_u32, read_u64
 from emu.module_state import ModuleState
 from emu.view import list_for_each_entry
 from patches.invariants.finding import Finding
@@ -26,11 +26,15 @@ LINK: Final = 8  # bytes of a pointer; a list_head is next, prev
 
 @dataclass(frozen=True, slots=True)
 class _Versions:
-    """Where calls of a function go without the patch in transition, and with it; `module` "" is vmlinux."""
+    """Where calls of a function go without the patch in transition, and with it.
+
+    `module` is the struct module that the function is in, 0 for vmlinux: what comes back under the same name
+    is another one.
+    """
 
     without: int
     with_: int
-    module: str
+    module: int
 
 
 class EveryMoment(Witness):
@@ -162,8 +166,8 @@ class EveryMoment(Witness):
     def _declare(self, patch: Any, *, is_moving: bool, replaces: bool) -> None:
         """Take in what a patch declares, nops too, of the objects that are there; newer ones come later."""
         for obj in list_for_each_entry(patch.obj_list, "klp_object", "node"):
-            module = read_string(self._machine.space, obj.name) if obj.name else ""
-            if not self._is_live(module):
+            module = obj.mod
+            if (obj.name and not module) or not self._is_live(module):
                 continue
             for func in list_for_each_entry(obj.func_list, "klp_func", "node"):
                 function = func.old_func
@@ -191,14 +195,13 @@ class EveryMoment(Witness):
         self._heads[function] = head
         self._links[head] = self._links[node] = function
 
-    def _is_live(self, module: str) -> bool:
+    def _is_live(self, module: int) -> bool:
         """Whether its functions can be called: calls of one that comes or goes have nothing to choose."""
         if not module:
             return True
-        loaded = self._machine.modules.objects.get(module)
-        if loaded is None:
+        if all(each.struct != module for each in self._machine.modules.objects.values()):
             return False
-        view = self._machine.layouts.view("module", self._machine.space, loaded.struct)
+        view = self._machine.layouts.view("module", self._machine.space, module)
         return bool(view.state == ModuleState.LIVE)
 
     def _states(self) -> set[int]:

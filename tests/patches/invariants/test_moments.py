@@ -19,6 +19,8 @@ SHAPES = Patch(
     replace=True,
 )
 
+FORM = Patch("fix_form", {"endbr": [Func("form_both", "fixed_area_of")]}, "builtin:fix_area.o")
+
 
 @pytest.fixture
 def observed() -> Kernel:
@@ -66,6 +68,21 @@ def test_a_module_that_comes_in_a_transition_is_no_version(observed: Kernel) -> 
     assert found(observed) == []
 
 
+def test_a_func_stack_that_goes_with_a_module_is_forgotten(observed: Kernel) -> None:
+    """Its klp_ops is freed, and nobody looks at it when the next task gets a patch_state."""
+    observed.load_module("builtin:endbr.o")
+    observed.enable(FORM)
+    observed.tasks.wait_for_transition()
+    observed.tasks.spawn("sleeper", ["nap(2500)"])
+    observed.tasks.run(100)
+    observed.enable(Patch("nap_1", {"vmlinux": [Func("nap", "new_nap")]}, "builtin:fix_steps.o"))
+    observed.unload_module("endbr")
+    observed.load_module("builtin:endbr.o")
+    observed.tasks.spawn("another", ["nap(10)"])
+    assert observed.in_transition
+    assert found(observed) == []
+
+
 def first(function: Callable[..., Any], then: Callable[..., Any]) -> Callable[..., Any]:
     """Another order of two parts of klp_complete_transition()."""
 
@@ -88,7 +105,11 @@ def test_the_old_function_on_top_for_a_moment_is_found(observed: Kernel) -> None
     assert "KLP_PATCHED would reach fixed_area_of+0x0/" in what
 
 
-def test_a_func_that_is_on_its_stack_before_it_is_in_transition_is_found(observed: Kernel) -> None:
+@pytest.mark.parametrize("declared", [fix_area(), FORM], ids=["vmlinux", "module"])
+def test_a_func_that_is_on_its_stack_before_it_is_in_transition_is_found(
+    observed: Kernel, declared: Patch
+) -> None:
+    observed.load_module("builtin:endbr.o")
     klp_patch_func = patch._klp_patch_func
 
     def klp_patch_func_at_once(klp: Klp, func: Any) -> None:
@@ -97,7 +118,7 @@ def test_a_func_that_is_on_its_stack_before_it_is_in_transition_is_found(observe
         func.transition = True
 
     with replaced(patch, "_klp_patch_func", klp_patch_func_at_once):
-        observed.enable(fix_area())
+        observed.enable(declared)
     assert any("KLP_UNPATCHED would reach fixed_area_of" in each for each in found(observed))
 
 
