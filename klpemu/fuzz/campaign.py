@@ -40,7 +40,6 @@ class Plan:
     jobs: int = 1
     runs: int | None = None
     seconds: float | None = None
-    stop_at_finding: bool = False
 
 
 @dataclass(slots=True)
@@ -125,11 +124,7 @@ class Campaign:
 
     def _is_over(self) -> bool:
         plan, state = self.plan, self.state
-        return (
-            self._stopped
-            or (plan.seconds is not None and state.seconds >= plan.seconds)
-            or (plan.stop_at_finding and bool(state.found))
-        )
+        return self._stopped or (plan.seconds is not None and state.seconds >= plan.seconds)
 
     def _take(self, told: _Told, reached: set[int]) -> None:
         state = self.state
@@ -191,10 +186,8 @@ def _search(plan: Plan, job: int, pipe: Connection, share: int | None) -> None:
     gc.disable()
     while share is None or search.tally.runs < share:
         found = search.advance()
-        if (
-            found is not None or search.tally.runs % COLLECTING == 0
-        ):  # to confirm one whole kernels are booted
-            gc.collect()
+        if found is not None or search.tally.runs % COLLECTING == 0:
+            gc.collect()  # after a finding, because whole kernels were booted to confirm it
         now = time.monotonic()
         if found is not None or now - told > TELLING:
             search.note_runs()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from emu.timer import JIFFY_INSTRUCTIONS
+from klpemu.fuzz.module_file import ModuleFile
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.task_file import system_tasks
 
@@ -60,6 +61,7 @@ _UNDOES: Final = {
     Action.FORCE: Action.ENABLE,
     Action.UNFTRACE: Action.FTRACE,
     Action.RMMOD: Action.MODPROBE,
+    Action.UNLOAD: Action.LOAD,
 }
 
 
@@ -119,6 +121,7 @@ class Grammar:
             _sample(random_, [*self.world.patches], 1, 3), _sample(random_, [*self.world.tasks], 0, 2)
         )
         used.update(_sample(random_, self._modules, 0, 2))
+        used.update(*(self._patched[each] for each in self._patched if each in used))
         share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.3, 0.6))}
         found: dict[Action, list[Step]] = {}
         for kind, steps in self.operations.items():
@@ -151,10 +154,11 @@ class Grammar:
                 for each in before
                 if each.action is _UNDOES[kind] or self._is_livepatch(each)
             }
-            choices = [each for each in choices if each.target in done]
-            if not choices:
+            undone = [each for each in choices if each.target in done]
+            if not undone and _UNDOES[kind] in self.operations:
                 kind = _UNDOES[kind]
-                choices = operations.get(kind) or self.operations[kind]
+                undone = operations.get(kind) or self.operations[kind]
+            choices = undone or choices
         if kind in _LOADS:  # what has gone comes back
             gone = {each.target for each in before if each.action in (Action.UNLOAD, Action.RMMOD)}
             choices = [each for each in choices if _module(each) in gone] or choices
@@ -165,32 +169,25 @@ class Grammar:
             return replace(step, schedule=self._schedule(random_, before, step))
         return step
 
-    def varied(
-        self, random_: random.Random, steps: Sequence[Step], keep: int = 0, most: int = LENGTH
-    ) -> list[Step]:
-        """A sequence that differs from `steps` behind the first `keep`, by one to four changes.
-
-        At most `most` steps come to it, and it is at most as long as a fresh one.
-        """
+    def varied(self, random_: random.Random, steps: Sequence[Step]) -> list[Step]:
+        """A sequence that differs from `steps` by one to four changes; at most as long as a fresh one."""
         varied = list(steps)
         for _ in range(random_.choice((1, 1, 2, 4))):
-            at = random_.randint(keep, len(varied))
+            at = random_.randint(0, len(varied))
             match random_.randrange(5):
                 case 0 if at < len(varied):
                     del varied[at]
                 case 1 if at < len(varied):
                     varied[at] = self.step(random_, varied[:at])
                 case 2 if at < len(varied):
-                    schedule = self._schedule(random_, varied[:at], varied[at])
-                    varied[at] = replace(varied[at], schedule=schedule)
+                    varied[at] = self.scheduled(random_, varied[:at], varied[at])
                 case 3 if at < len(varied):
-                    to = random_.randint(keep, len(varied) - 1)
-                    varied.insert(to, varied.pop(at))
+                    varied.insert(random_.randrange(len(varied)), varied.pop(at))
                 case _:
                     varied.insert(at, self.step(random_, varied[:at]))
-        while len(varied) < min(LENGTH, len(steps) + most) and random_.random() < 0.5:
+        while len(varied) < LENGTH and random_.random() < 0.5:
             varied.append(self.step(random_, varied))
-        return varied[: max(LENGTH, keep + 1)]
+        return varied[:LENGTH]
 
     def _schedule(
         self, random_: random.Random, before: Sequence[Step], step: Step
@@ -245,6 +242,15 @@ class Grammar:
     def _modules(self) -> list[str]:
         """The names of the modules that come and go."""
         return list(dict.fromkeys(_module(each) for each in self.world.steps if each.action in _OF_MODULES))
+
+    @cached_property
+    def _patched(self) -> dict[str, set[str]]:
+        """By patch, the objects that it is known to patch."""
+        found = {name: set(each.objects) for name, each in self.world.patches.items()}
+        for name, each in self.world.patches.items():
+            if each.code is not None and not each.objects:
+                found[name].update(ModuleFile.open(Path(each.code)).objnames)
+        return found
 
     @cached_property
     def _weights(self) -> dict[Action, int]:

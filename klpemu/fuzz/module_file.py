@@ -47,6 +47,11 @@ class ModuleFile:
         """The file that was loaded from this image."""
         return ModuleFile(image)
 
+    @cached_property
+    def objnames(self) -> frozenset[str]:
+        """The objects that it has klp relocations for."""
+        return frozenset(section_objname(each.name) for each in klp_sections(self.image))
+
     def count(self, name: str) -> int:
         """How many symbols of that name kallsyms will have."""
         return len(self._symbols.get(name, ()))

@@ -195,8 +195,3 @@ class SequenceRunner:
             return Prefix(RestorePoint(self._stepper.kernel.machine, self._stepper), run.steps)
         except Suspended:
             return None
-
-    def prefix(self, steps: Sequence[Step]) -> Prefix | None:
-        """A restore point behind the steps; None if one has a finding, or if a service is under way then."""
-        run = self.run(steps)
-        return None if run.findings else self.here(run)

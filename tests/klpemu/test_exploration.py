@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reproduced import reproduced
 
 from emu.machine import Machine
-from klpemu.exploration import Explored, Progress, explore, failing_scenario
+from klpemu.exploration import Progress, explore
 from klpemu.explorer import Bounds
 from klpemu.fixtures import fixture
 from klpemu.scenario import Scenario
 from klpemu.scenario_file import read_scenario
-from klpemu.scenario_text import scenario_text
-from klpemu.step_runner import StepRunner
-from patches.variants import variants
 
 TWO_TASKS = """
 cpus = 2
@@ -46,19 +44,6 @@ def two_tasks(tmp_path: Path) -> Scenario:
 def memory_and_log(machine: Machine) -> Any:
     memory = b"".join(machine.space.arena.bytes[at.start : at.stop] for at in machine.space.arena.in_use())
     return hashlib.sha256(memory).hexdigest(), tuple(machine.log.lines)
-
-
-def _reproduced(explored: Explored, directory: Path) -> list[str]:
-    """What is found when the written scenario is read and run."""
-    path = directory / "failing.toml"
-    path.write_text(scenario_text(failing_scenario(explored)))
-    scenario = read_scenario(path)
-    with variants(scenario.variants):
-        runner = StepRunner(scenario)
-        runner.boot()
-        reports = [runner.perform(step).report for step in scenario.steps]
-    assert all(report.holds for report in reports[:-1])
-    return [str(finding) for finding in reports[-1].findings]
 
 
 def test_with_and_without_reduction_runs_come_to_the_same(two_tasks: Scenario) -> None:
@@ -99,7 +84,7 @@ def test_a_fork_between_flag_and_state_is_found_with_one_preemption(tmp_path: Pa
     assert explored.failure is not None
     assert explored.failure.preemptions == 1
     assert "tasks_are_settled" in explored.failure.findings[0]
-    assert tuple(_reproduced(explored, tmp_path)) == explored.failure.findings
+    assert reproduced(explored, tmp_path) == explored.failure.findings
 
 
 @pytest.mark.slow
@@ -107,7 +92,7 @@ def test_a_shadow_variable_allocated_twice_is_found_with_one_preemption(tmp_path
     explored = explore(_scenario("shadow", "museum:shadow-one-look"), Bounds(2))
     assert explored.failure is not None
     assert explored.failure.preemptions == 1
-    assert tuple(_reproduced(explored, tmp_path)) == explored.failure.findings
+    assert reproduced(explored, tmp_path) == explored.failure.findings
 
 
 def test_a_run_that_does_not_end_is_a_finding(two_tasks: Scenario) -> None:

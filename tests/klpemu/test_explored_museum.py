@@ -4,15 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from reproduced import reproduced
 
-from klpemu.exploration import Explored, explore, failing_scenario
+from klpemu.exploration import explore
 from klpemu.explorer import Bounds
 from klpemu.fixtures import fixture
 from klpemu.scenario import Scenario
 from klpemu.scenario_file import read_scenario
-from klpemu.scenario_text import scenario_text
-from klpemu.step_runner import StepRunner
-from patches.variants import variants
 
 # Where each is found, and with how many preemptions at most.
 FAST = {
@@ -41,30 +39,13 @@ def _scenario(bug: str) -> Scenario:
     return replace(read_scenario(fixture(FOUND[bug][0])), variants=(f"museum:{bug}",))
 
 
-def _findings(scenario: Scenario) -> list[str]:
-    """What is found when the scenario is run, in its last step; nothing is in the steps before."""
-    with variants(scenario.variants):
-        runner = StepRunner(scenario)
-        runner.boot()
-        reports = [runner.perform(step).report for step in scenario.steps]
-    assert all(report.holds for report in reports[:-1])
-    return [str(finding) for finding in reports[-1].findings]
-
-
-def _written(explored: Explored, directory: Path) -> Scenario:
-    path = directory / "failing.toml"
-    path.write_text(scenario_text(failing_scenario(explored)))
-    return read_scenario(path)
-
-
 @pytest.mark.parametrize("bug", EVERY)
 def test_a_bug_is_found_and_the_scenario_that_is_written_reproduces_it(bug: str, tmp_path: Path) -> None:
     _, preemptions = FOUND[bug]
     explored = explore(_scenario(bug), Bounds(preemptions))
     assert explored.failure is not None
     assert explored.failure.preemptions <= preemptions
-    written = _written(explored, tmp_path)
-    assert tuple(_findings(written)) == explored.failure.findings
+    assert reproduced(explored, tmp_path) == explored.failure.findings
 
 
 @pytest.mark.parametrize("file", sorted({file for file, _ in FOUND.values()}))

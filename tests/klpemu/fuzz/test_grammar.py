@@ -17,6 +17,15 @@ WORLD = world_of(None, None, None, "qemu64", (), (), ())
 GRAMMAR = Grammar(WORLD)
 
 
+def assert_readable(steps: list[Step], directory: Path) -> None:
+    """Written as a scenario and read again the steps are the same."""
+    path = directory / "sequence.toml"
+    path.write_text(scenario_text(replace(WORLD, steps=tuple(steps))))
+    assert [replace(each, line=0) for each in read_scenario(path).steps] == [
+        replace(each, line=0) for each in steps
+    ]
+
+
 def test_a_seed_gives_one_sequence_and_another_seed_another() -> None:
     same = [GRAMMAR.sequence(random.Random(7)) for _ in range(2)]
     assert same[0] == same[1]
@@ -39,19 +48,27 @@ def test_every_kind_of_operation_comes_up() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_sequence_is_a_scenario_that_can_be_read(seed: int, tmp_path: Path) -> None:
     steps = GRAMMAR.sequence(random.Random(seed))
-    path = tmp_path / "sequence.toml"
-    path.write_text(scenario_text(replace(WORLD, steps=tuple(steps))))
-    assert [replace(each, line=0) for each in read_scenario(path).steps] == steps
+    assert_readable(steps, tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_variation_keeps_the_beginning_and_the_length(seed: int) -> None:
+def test_a_variation_is_another_sequence_and_not_longer(
+    seed: int, tmp_path: Path
+) -> None:
     random_ = random.Random(seed)
     steps = GRAMMAR.sequence(random_)
-    keep = random_.randint(0, len(steps))
-    varied = GRAMMAR.varied(random_, steps, keep)
-    assert varied[:keep] == steps[:keep]
-    assert len(varied) <= LENGTH + 1
+    varied = [GRAMMAR.varied(random_, steps) for _ in range(5)]
+    assert any(each != steps for each in varied)
+    for each in varied:
+        assert len(each) <= LENGTH
+        assert_readable(each, tmp_path)
+
+
+def test_what_was_never_loaded_is_unloaded_where_nothing_can_be_loaded() -> None:
+    world = replace(WORLD, patches={}, steps=(Step(Action.UNLOAD, "lamp"), Step(Action.RMMOD, "options")))
+    random_ = random.Random(1)
+    names = {each.target for _ in range(20) for each in Grammar(world).sequence(random_)}
+    assert {"lamp", "options"} <= names
 
 
 def test_modules_and_patches_of_ones_own_make_a_world() -> None:

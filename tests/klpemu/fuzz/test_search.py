@@ -69,11 +69,6 @@ def test_the_test_beside_a_finding_fails(tmp_path: Path) -> None:
     assert "every_fetch_is_an_instruction" in result.stdout
 
 
-def test_without_a_bug_nothing_is_found(tmp_path: Path) -> None:
-    assert search(tmp_path, "", 60) is None
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_without_a_bug_nothing_is_found_in_minutes(seed: int, tmp_path: Path) -> None:
     """Together the runs of three minutes, at fifty a second."""

@@ -44,7 +44,7 @@ def test_behind_a_prefix_a_run_is_the_whole_run(runner: SequenceRunner) -> None:
     steps = [LAMP, WAIT, AREA, WAIT, Step(Action.LOAD, "builtin:lamp.ko"), Step(Action.DISABLE, "fix_area")]
     whole = runner.run(steps, thorough=True)
     expected = events(runner)
-    prefix = runner.prefix(steps[:4])
+    prefix = runner.here(runner.run(steps[:4]))
     assert prefix is not None
     for _ in range(2):
         assert runner.run(steps[4:], prefix, thorough=True) == whole
@@ -52,7 +52,8 @@ def test_behind_a_prefix_a_run_is_the_whole_run(runner: SequenceRunner) -> None:
 
 
 def test_nothing_is_copied_where_somebody_sleeps_in_the_kernel(runner: SequenceRunner) -> None:
-    assert runner.prefix([Step(Action.SPAWN, "sleeper"), Step(Action.RUN, "20 ms", msecs=20)]) is None
+    run = runner.run([Step(Action.SPAWN, "sleeper"), Step(Action.RUN, "20 ms", msecs=20)])
+    assert runner.here(run) is None
 
 
 def test_a_refusal_is_an_answer_and_no_finding(runner: SequenceRunner) -> None:
