@@ -54,6 +54,7 @@ _OF_MODULES: Final = (Action.LOAD, Action.UNLOAD, Action.MODPROBE, Action.RMMOD)
 # What others can be in the middle of something at.
 _CHANGES: Final = (*_TRANSITIONS, Action.LOAD, Action.UNLOAD, Action.FTRACE, Action.UNFTRACE, Action.CALL)
 _LOADS: Final = (Action.LOAD, Action.MODPROBE)
+_REMOVES: Final = (Action.UNLOAD, Action.RMMOD)
 # The opposite of an operation, by what it does to its target.
 _UNDOES: Final = {
     Action.DISABLE: Action.ENABLE,
@@ -139,8 +140,8 @@ class Grammar:
     def _step(
         self, random_: random.Random, before: Sequence[Step], operations: dict[Action, list[Step]]
     ) -> Step:
-        if before and self._begins_transition(before[-1]) and random_.random() < 0.5:
-            return random_.choice([each for each in operations[Action.RUN] if each.msecs in SETTLING])
+        if before and (at_once := self._at_once(random_, before[-1])) is not None:
+            return at_once
         # Who has been started lately is in the middle of something: that is when to change something.
         starts = any(each.action is Action.SPAWN for each in before[-3:])
         kinds = [each for each in _WEIGHTS if each in operations]
@@ -160,7 +161,7 @@ class Grammar:
                 undone = operations.get(kind) or self.operations[kind]
             choices = undone or choices
         if kind in _LOADS:  # what has gone comes back
-            gone = {each.target for each in before if each.action in (Action.UNLOAD, Action.RMMOD)}
+            gone = {each.target for each in before if each.action in _REMOVES}
             choices = [each for each in choices if _module(each) in gone] or choices
         step = random_.choice(choices)
         if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
@@ -168,6 +169,17 @@ class Grammar:
         if random_.random() < (0.7 if starts else 0.3):
             return replace(step, schedule=self._schedule(random_, before, step))
         return step
+
+    def _at_once(self, random_: random.Random, last: Step) -> Step | None:
+        """What often comes right behind a step: time for its transition, or what it has removed."""
+        if self._begins_transition(last):
+            chance, choices = 0.5, [each for each in self.operations[Action.RUN] if each.msecs in SETTLING]
+        elif last.action in _REMOVES:
+            loads = [each for kind in _LOADS for each in self.operations.get(kind, ())]
+            chance, choices = 0.3, [each for each in loads if _module(each) == last.target]
+        else:
+            return None
+        return random_.choice(choices) if choices and random_.random() < chance else None
 
     def varied(self, random_: random.Random, steps: Sequence[Step]) -> list[Step]:
         """A sequence that differs from `steps` by one to four changes; at most as long as a fresh one."""
