@@ -187,13 +187,11 @@ class Answers:
         return wrong or SUCCESS
 
     def _klp_patch_func(self, objname: str, func: Func, before: Before) -> Errnos:
-        """klp_patch_func(): a function that is patched already takes any number of funcs more; for the first
-        one ftrace must have a site in it (ftrace_location()), and be enabled, as the ops is PERMANENT.
+        """klp_patch_func(): ftrace must have a site in the function (ftrace_location()), and be enabled, as
+        the ops is PERMANENT.  Where another func is on the stack already, it was and is.
         """
         module = "" if objname == VMLINUX else objname
         symbol = self._machine.kallsyms.named(func.old, module)[max(func.sympos, 1) - 1]
-        if symbol.address in before.on_stacks:
-            return frozenset()
         sites = self._machine.modules.objects[module].sites
         if not any(symbol.address <= each < symbol.address + symbol.size for each in sites):
             return INVALID

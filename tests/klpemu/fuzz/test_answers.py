@@ -3,11 +3,14 @@
 import errno
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emu.errno import KernelErrno
+from klpemu import Func, Patch
+from klpemu.fixtures import fixture
 from klpemu.fuzz.answers import ANSWER
 from klpemu.fuzz.grammar import FTRACE_ENABLED, Grammar
 from klpemu.fuzz.replay import replayed
@@ -22,6 +25,7 @@ WORLD = world_of(None, None, None, "qemu64", (), (), ())
 WAIT = Step(Action.RUN, "2000 ms", msecs=2000)
 LOAD, UNLOAD = Step(Action.LOAD, "builtin:lamp.ko"), Step(Action.UNLOAD, "lamp")
 ENDBR = Step(Action.LOAD, "builtin:endbr.o")
+AREA_OF = Func("area_of", "fixed_area_of")
 COUNT = Step(Action.FTRACE, "first", functions=("area_of",))
 ASLEEP = [Step(Action.SPAWN, "sleeper"), Step(Action.RUN, "20 ms", msecs=20)]
 
@@ -115,6 +119,42 @@ def test_a_bug_that_shows_by_an_errno_is_found_and_shown_by_its_scenario(bug: st
     }[bug]
     run = found(steps, f"museum:{bug}")
     assert (run.signature, run.steps[-1].error) == (ANSWER, "")
+
+
+def judged_as(patches: dict[str, Patch], steps: list[Step]) -> tuple[list[str], list[str]]:
+    """How patches of one's own are answered, and what the oracle has against it."""
+    run = SequenceRunner(replace(WORLD, patches=patches)).run(steps)
+    return [each.error for each in run.steps], [each.what for each in run.findings]
+
+
+def test_two_funcs_of_one_name_are_refused() -> None:
+    twice = Patch("twice", {"vmlinux": [AREA_OF, replace(AREA_OF, sympos=1)]}, "builtin:fix_area.o")
+    answers, findings = judged_as({"twice": twice}, [enable("twice")])
+    assert answers in (["EEXIST"], ["EINVAL"])
+    assert not findings
+
+
+def test_a_symbol_that_is_not_there_is_refused_once_its_module_is(tmp_path: Path) -> None:
+    renamed = tmp_path / "klp_lamp.ko"
+    code = fixture("klp_lamp.ko").read_bytes()
+    renamed.write_bytes(code.replace(b".klp.sym.lamp.level,", b".klp.sym.lamp.lever,"))
+    patches = {"klp_lamp": Patch("klp_lamp", code=renamed)}
+    assert judged_as(patches, [LOAD, enable("klp_lamp")]) == (["", "EINVAL"], [])
+    assert judged_as(patches, [enable("klp_lamp"), WAIT, LOAD]) == (["", "", "EINVAL"], [])
+
+
+def test_a_function_without_a_site_is_refused_once_its_module_comes() -> None:
+    patch = Patch("late", {"no_site": [Func("form_both", "fixed_area_of")]}, "builtin:fix_area.o")
+    load = Step(Action.LOAD, "builtin:no_site.o")
+    assert judged_as({"late": patch}, [enable("late"), WAIT, load]) == (["", "", "EINVAL"], [])
+    assert judged_as({"late": patch}, [load, enable("late")]) == (["", "EINVAL"], [])
+
+
+def test_of_patches_with_states_nothing_is_said() -> None:
+    names = ("klp_state2", "klp_state")
+    patches = {name: Patch(name, code=f"builtin:{name}.ko") for name in names}
+    steps = [enable("klp_state2"), WAIT, enable("klp_state")]
+    assert judged_as(patches, steps) == (["", "", "EINVAL"], [])
 
 
 def found(steps: list[Step], variant: str) -> Run:

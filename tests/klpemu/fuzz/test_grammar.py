@@ -52,9 +52,7 @@ def test_every_sequence_is_a_scenario_that_can_be_read(seed: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_variation_is_another_sequence_and_not_longer(
-    seed: int, tmp_path: Path
-) -> None:
+def test_a_variation_is_another_sequence_and_not_longer(seed: int, tmp_path: Path) -> None:
     random_ = random.Random(seed)
     steps = GRAMMAR.sequence(random_)
     varied = [GRAMMAR.varied(random_, steps) for _ in range(5)]
