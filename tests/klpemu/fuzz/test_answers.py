@@ -38,6 +38,14 @@ def disable(name: str) -> Step:
     return Step(Action.DISABLE, name)
 
 
+def modprobe(name: str) -> Step:
+    return Step(Action.MODPROBE, f"builtin:{name}.ko")
+
+
+def rmmod(name: str) -> Step:
+    return Step(Action.RMMOD, name)
+
+
 def ftrace_enabled(value: str) -> Step:
     return Step(Action.WRITE, FTRACE_ENABLED, value=value)
 
@@ -80,6 +88,12 @@ RIGHT = {
     "nothing to force": ([enable("fix_area"), WAIT, Step(Action.FORCE, "fix_area")], "EINVAL"),
     "forced": ([*ASLEEP, enable("nap_1"), Step(Action.FORCE, "nap_1")], ""),
     "nothing to reverse": ([enable("fix_area"), WAIT, Step(Action.REVERSE, "fix_area")], "EINVAL"),
+    "in use": ([modprobe("exporter"), modprobe("importer"), rmmod("exporter")], "EAGAIN"),
+    "in use, without its exit function": (
+        [modprobe("exporter"), modprobe("importer"), Step(Action.UNLOAD, "exporter")],
+        "EAGAIN",
+    ),
+    "it has no exit function": ([modprobe("init_stays"), rmmod("init_stays")], "EBUSY"),
     "a tracer twice": ([COUNT, COUNT], "EEXIST"),
     "no tracer": ([Step(Action.UNFTRACE, "first")], "ENOENT"),
 }
