@@ -5,6 +5,7 @@ Wherever a command or a scenario names a file, `builtin:NAME` names one of these
 the stock kernel that `make real` has fetched.
 """
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -70,9 +71,22 @@ def locate(name: str, base: Path | None = None) -> Path:
 
 
 def shown(text: object) -> str:
-    """A path, or a text with paths in it, as people are shown it: built-in files by their `builtin:` name."""
+    """A path, or a text with paths in it, as people are shown it: by `builtin:` and `stock:` names."""
     result = str(text)
     for folders in _FOLDERS.values():
         for folder in folders:
             result = result.replace(f"{folder}/", BUILTIN)
+    cache = f"{stock_kernel.cache_directory()}/"
+    if cache in result:
+        result = re.sub(rf"{re.escape(cache)}\S+?(?:/vmlinuz-[\w.-]*\w|\.ko)\b", _stock_name, result)
     return result
+
+
+def _stock_name(path: re.Match[str]) -> str:
+    """How `locate()` knows a file of the cache; older kernels there have no such names."""
+    name = Path(path[0]).name
+    name = name if name.endswith(".ko") else "vmlinuz"
+    try:
+        return f"{STOCK}{name}" if stock(name) == Path(path[0]) else path[0]
+    except KlpemuError:
+        return path[0]

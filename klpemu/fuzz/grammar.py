@@ -26,9 +26,20 @@ MSECS: Final = (1, 4, 20, 100, 500, 2000, 20_000)  # the last is longer than the
 SETTLING: Final = (100, 500, 2000)  # in which a transition ends that nobody holds up for long
 # Allocations that may fail, by a part of their tags.
 ALLOCATIONS: Final = ("klp_ops", "ftrace_hash", "ftrace_trampoline", "nop", "module", "klp_object")
-# Doors of the service of an operation, about.
-DOORS: Final = {Action.ENABLE: 900, Action.MODPROBE: 600, Action.RUN: 300}
-FEWER_DOORS: Final = 180
+# Doors of the service of an operation, about: where it can be stopped.
+DOORS: Final = {
+    Action.ENABLE: 900,
+    Action.MODPROBE: 600,
+    Action.RUN: 300,
+    Action.FTRACE: 180,
+    Action.UNFTRACE: 180,
+    Action.LOAD: 140,
+    Action.DISABLE: 60,
+    Action.REVERSE: 60,
+    Action.UNLOAD: 40,
+}
+FEWER_DOORS: Final = 20
+THROUGH: Final = 60  # turns in which a task gets through most of what it can be in the middle of
 STRIDE: Final = 120  # instructions: a redirected call takes fewer
 _WEIGHTS: Final = {
     Action.ENABLE: 5,
@@ -107,6 +118,14 @@ class Grammar:
             steps.append(self._step(random_, steps, operations))
         return steps[len(before) :]
 
+    def raced(self, random_: random.Random, before: Sequence[Step]) -> Step:
+        """A step that may come behind those, and in the middle of which others can be."""
+        operations = self._some(random_, before)
+        changes: dict[Action, list[Step]] = {
+            kind: steps for kind, steps in operations.items() if kind in _CHANGES
+        }
+        return self._step(random_, before, changes or operations)
+
     def scheduled(self, random_: random.Random, before: Sequence[Step], step: Step) -> Step:
         """The same step, with a schedule."""
         return replace(step, schedule=self._schedule(random_, before, step))
@@ -119,14 +138,17 @@ class Grammar:
         """
         used = {name for each in before for name in (each.target, _module(each)) if name}
         used.update(
-            _sample(random_, [*self.world.patches], 1, 3), _sample(random_, [*self.world.tasks], 0, 2)
+            _sample(random_, [*self.world.patches], 1, 3), _sample(random_, [*self.world.tasks], 1, 2)
         )
         used.update(_sample(random_, self._modules, 0, 2))
         used.update(*(self._patched[each] for each in self._patched if each in used))
-        share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.3, 0.6))}
+        share = {Action.WRITE: 0.1, Action.FTRACE: random_.choice((0.0, 0.5, 1.0))}
+        replaced = {each for name in used for each in self._replaced.get(name, ())}
         found: dict[Action, list[Step]] = {}
         for kind, steps in self.operations.items():
             named = kind in _TRANSITIONS or kind in _OF_MODULES or kind is Action.SPAWN
+            if kind is Action.FTRACE:
+                steps = [each for each in steps if replaced.issuperset(each.functions)] or steps
             kept = [
                 each
                 for each in steps
@@ -140,12 +162,12 @@ class Grammar:
     def _step(
         self, random_: random.Random, before: Sequence[Step], operations: dict[Action, list[Step]]
     ) -> Step:
-        if before and (at_once := self._at_once(random_, before[-1])) is not None:
+        if before and (at_once := self._at_once(random_, before)) is not None:
             return at_once
         # Who has been started lately is in the middle of something: that is when to change something.
         starts = any(each.action is Action.SPAWN for each in before[-3:])
         kinds = [each for each in _WEIGHTS if each in operations]
-        if starts and random_.random() < 0.5:
+        if starts and random_.random() < 0.7:
             kinds = [each for each in kinds if each in _CHANGES] or kinds
         kind = random_.choices(kinds, [self._weights[each] for each in kinds])[0]
         choices = operations[kind]
@@ -166,20 +188,26 @@ class Grammar:
         step = random_.choice(choices)
         if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
             return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
-        if random_.random() < (0.7 if starts else 0.3):
+        if random_.random() < (0.8 if starts else 0.2):
             return replace(step, schedule=self._schedule(random_, before, step))
         return step
 
-    def _at_once(self, random_: random.Random, last: Step) -> Step | None:
-        """What often comes right behind a step: time for its transition, or what it has removed."""
-        if self._begins_transition(last):
-            chance, choices = 0.5, [each for each in self.operations[Action.RUN] if each.msecs in SETTLING]
-        elif last.action in _REMOVES:
+    def _at_once(self, random_: random.Random, before: Sequence[Step]) -> Step | None:
+        """What often comes right behind a step: time for its transition, what it has removed, or a race with
+        the task that it has started, who does the same.
+        """
+        last = before[-1]
+        if self._begins_transition(last) and random_.random() < 0.5:
+            return random_.choice([each for each in self.operations[Action.RUN] if each.msecs in SETTLING])
+        if last.action in _REMOVES and random_.random() < 0.3:
             loads = [each for kind in _LOADS for each in self.operations.get(kind, ())]
-            chance, choices = 0.3, [each for each in loads if _module(each) == last.target]
-        else:
-            return None
-        return random_.choice(choices) if choices and random_.random() < chance else None
+            again = [each for each in loads if _module(each) == last.target]
+            return random_.choice(again) if again else None
+        if last.target in self.world.tasks and last.action is Action.SPAWN and random_.random() < 0.3:
+            program = self.world.tasks[last.target].program
+            same = [each for each in self.operations.get(Action.CALL, ()) if each.target in program]
+            return self.scheduled(random_, before, random_.choice(same)) if same else None
+        return None
 
     def varied(self, random_: random.Random, steps: Sequence[Step]) -> list[Step]:
         """A sequence that differs from `steps` by one to four changes; at most as long as a fresh one."""
@@ -215,24 +243,24 @@ class Grammar:
         others = [each for each in (*spawned, "init", *system) if each != serving]
         doors = DOORS.get(step.action, FEWER_DOORS)
 
-        def other() -> list[tuple[str, int]]:
-            latest = spawned and random_.random() < 0.7
-            name = random_.choice(spawned[-2:] if latest else others)
-            if random_.random() < 0.4:
-                return [(name, JIFFY_INSTRUCTIONS)] * _about(random_, 60)
+        def other(turns: int) -> list[tuple[str, int]]:
+            name = spawned[-1] if spawned and random_.random() < 0.7 else random_.choice(others)
+            if random_.random() < 0.5:
+                return [(name, JIFFY_INSTRUCTIONS)] * turns
             # The first turn of a task that has just come begins what it does.
             return [(name, random_.randint(1, STRIDE)) for _ in range(random_.randint(1, 3))]
 
         stops = [(serving, JIFFY_INSTRUCTIONS)] * random_.choice(
             (random_.randint(1, doors), _about(random_, doors))
         )
-        match random_.randrange(6):
+        some = _about(random_, THROUGH)
+        match random_.randrange(7):
             case 0 | 1:
-                turns = [*stops, *other()]
-            case 2 | 3:
-                turns = [*other(), *[(serving, JIFFY_INSTRUCTIONS)] * doors]
-            case 4:
-                turns = [*other(), *stops, *other(), *other()]
+                turns = [*stops, *other(random_.choice((some, THROUGH)))]
+            case 2 | 3 | 4:
+                turns = [*other(some), *[(serving, JIFFY_INSTRUCTIONS)] * doors]
+            case 5:
+                turns = [*other(some), *stops, *other(some), *other(THROUGH)]
             case _:
                 turns = self._in_turns(random_, serving, doors, others)
         return tuple(turns)
@@ -265,6 +293,17 @@ class Grammar:
         return found
 
     @cached_property
+    def _replaced(self) -> dict[str, list[str]]:
+        """By patch, the functions of the kernel that it replaces, as ftrace is told them."""
+        return {
+            name: [
+                func.old if not func.sympos else f"{func.old},{func.sympos}"
+                for func in each.objects.get("vmlinux", ())
+            ]
+            for name, each in self.world.patches.items()
+        }
+
+    @cached_property
     def _weights(self) -> dict[Action, int]:
         livepatches = any(self._is_livepatch(each) for each in self.world.steps)
         return _WEIGHTS | (_OF_LIVEPATCHES if livepatches else {})
@@ -285,12 +324,7 @@ class Grammar:
 
     def _of_tracers(self) -> list[Step]:
         """Tracers of the functions of the kernel that patches replace."""
-        found = [
-            func.old if not func.sympos else f"{func.old},{func.sympos}"
-            for patch in self.world.patches.values()
-            for func in patch.objects.get("vmlinux", ())
-        ]
-        functions = list(dict.fromkeys(found))
+        functions = list(dict.fromkeys(each for found in self._replaced.values() for each in found))
         if not functions:
             return []
         sets = [(each,) for each in functions[:3]] + [tuple(functions[:2])]

@@ -22,9 +22,10 @@ from klpemu.scenario import Action, Scenario, Step
 __all__ = ["Found", "Search", "Tally", "name_of", "scenario_of"]
 
 # Of the steps that are executed, those of sequences from nothing, and of variations of older sequences.
-FRESH, VARIED = 0.5, 0.1
+FRESH, VARIED = 0.4, 0.1
 BRANCHES = 8  # sequences that go on from one restore point
-RACES = 0.3  # how often these are one operation under as many schedules
+# How often these are one operation under as many schedules: with tasks beside it, and without.
+RACES, ALONE = 0.5, 0.1
 LONGER = 0.25  # of them, how many take one more step, and of these how many another one
 POINTS = 256 << 20  # bytes of guest memory in restore points
 SHRINKING = 4000  # runs, at most, to make one sequence small
@@ -89,8 +90,8 @@ class Search:
             self._point = self._next_point(random_)
             self._left = BRANCHES if self._point is not None else 1
             self._race = None
-            if self._point is not None and random_.random() < RACES:
-                self._race = self._grammar.behind(random_, self._point.steps, 1)[0]
+            if self._point is not None and random_.random() < _races(self._point.steps):
+                self._race = self._grammar.raced(random_, self._point.steps)
         self._left -= 1
         run = self._from_boot(random_) if self._point is None else self._branch(random_, self._point)
         self.tally.runs += 1
@@ -201,6 +202,10 @@ class Search:
             if _shows(candidate, signature):
                 scenario = candidate
         return scenario
+
+
+def _races(before: Sequence[Step]) -> float:
+    return RACES if any(each.action is Action.SPAWN for each in before) else ALONE
 
 
 def _shows(scenario: Scenario, signature: str) -> bool:

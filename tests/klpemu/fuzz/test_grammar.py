@@ -15,6 +15,7 @@ from klpemu.scenario_text import scenario_text
 
 WORLD = world_of(None, None, None, "qemu64", (), (), ())
 GRAMMAR = Grammar(WORLD)
+WAIT = Step(Action.RUN, "2000 ms", msecs=2000)
 
 
 def assert_readable(steps: list[Step], directory: Path) -> None:
@@ -93,3 +94,27 @@ def test_livepatch_modules_are_loaded_by_modprobe_and_then_removed() -> None:
     assert len(behind) > 20
     assert sum(behind) > 0.8 * len(behind)
     assert any(each.action is Action.READ for sequence in sequences for each in sequence)
+
+
+def behind(before: list[Step], count: int = 200) -> list[Step]:
+    """What comes right behind these steps, drawn so many times."""
+    return [GRAMMAR.behind(random.Random(seed), before, 1)[0] for seed in range(count)]
+
+
+def test_what_was_removed_often_comes_back_at_once() -> None:
+    load = Step(Action.LOAD, "builtin:lamp.ko")
+    drawn = behind([load, Step(Action.UNLOAD, "lamp")])
+    assert sum("lamp.ko" in each.target for each in drawn) > len(drawn) / 4
+
+
+def test_a_task_that_starts_is_often_raced_by_the_same_call() -> None:
+    drawn = [each for each in behind([Step(Action.SPAWN, "attacher")]) if each.schedule]
+    raced = [each for each in drawn if each.target == "attach(8, 7)"]
+    assert len(raced) > len(drawn) / 5
+    assert any(name == "attacher" for each in raced for name, _ in each.schedule)
+
+
+def test_tracers_are_registered_on_what_is_patched() -> None:
+    drawn = behind([Step(Action.ENABLE, "fix_shapes"), WAIT], 600)
+    traced = [each for each in drawn if each.action is Action.FTRACE]
+    assert sum("perimeter_of" in each.functions for each in traced) > len(traced) / 2
