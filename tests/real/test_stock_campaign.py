@@ -21,6 +21,7 @@ from klpemu.fuzz.world import world_of
 from klpemu.livepatch_modules import LivepatchModules
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.scenario_file import read_scenario
+from klpemu.stock_kernel import cache_directory
 from patches.variants import variants
 
 WORLD = "fuzz-stock.toml"
@@ -60,6 +61,9 @@ def test_a_campaign_finds_nothing_and_neither_does_an_entry_alone(
     assert search.tally.entries > 20  # it gets somewhere
     entry = max(sorted((tmp_path / "entries").glob("*.toml")), key=lambda path: len(path.read_text()))
     assert replayed(read_scenario(entry)) == []
+    written = "".join(each.read_text() for each in (tmp_path / "entries").glob("*.toml"))
+    assert 'kernel = "stock:vmlinuz"' in written
+    assert str(cache_directory()) not in written, "who has another cache can perform them, too"
 
 
 @pytest.mark.slow
