@@ -144,8 +144,8 @@ def _progress(plan: Plan) -> Iterator[Callable[[State], None]]:
 
 def _line(state: State) -> str:
     return (
-        f"{state.runs} runs, {state.rate:.0f} a second, {state.states} states, {state.edges} edges, "
-        f"{state.entries} kept, {len(state.found)} found"
+        f"{state.runs} runs, {state.rate:.0f} a second, {len(state.found)} found, "
+        f"{state.states} states, {state.edges} edges, {state.entries} kept"
     )
 
 
@@ -161,7 +161,8 @@ def _summary(output: Output, state: State, found: list[Path], before: list[Path]
         output.line()
         for line in each.what.splitlines():
             output.line((line, "red"))
-        output.line(f"found after {each.runs} runs, shown in {len(each.scenario.steps)} steps", indent=2)
+        count = len(each.scenario.steps)
+        output.line(f"found by run {each.runs}, shown in {count} step{'' if count == 1 else 's'}", indent=2)
     for path in found:
         output.line(f"klpemu run {shown(path)}", indent=2)
     for lost in state.lost:

@@ -13,6 +13,7 @@ from klpemu.fuzz.search import Found, Search
 from klpemu.fuzz.shrink import preemptions
 from klpemu.fuzz.world import world_of
 from klpemu.scenario import Scenario
+from patches.museum import NAMES
 from patches.variants import variants
 
 
@@ -106,14 +107,10 @@ def test_an_entry_of_ones_own_is_performed_to_know_what_it_reaches(tmp_path: Pat
     assert second.tally.reached == first.tally.reached
 
 
-OFTEN = [*EASY, "stale-target", "nops-for-ever", "stale-obj-mod", "force-pins-all", "immediate-jump"]
-BY_AN_ANSWER = ["ops-per-func", "site-at-start", "sympos-zero-one"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", [*OFTEN, *BY_AN_ANSWER])
+@pytest.mark.parametrize("bug", NAMES)
 def test_bugs_of_the_museum_are_found_from_an_empty_corpus(bug: str, tmp_path: Path) -> None:
-    """With three of five seeds, at the least."""
+    """With three of five seeds, at the least; python -m bench.fuzz says how long it takes."""
     found = [search(tmp_path / str(seed), f"museum:{bug}", 5000, seed) for seed in range(5)]
     assert sum(each is not None for each in found) >= 3
 
