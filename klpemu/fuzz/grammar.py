@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from emu.timer import JIFFY_INSTRUCTIONS
+from klpemu.fuzz.interleaving import Turn, interleaved
 from klpemu.fuzz.module_file import ModuleFile
 from klpemu.scenario import Action, Scenario, Step
 from klpemu.task_file import system_tasks
@@ -26,21 +26,6 @@ MSECS: Final = (1, 4, 20, 100, 500, 2000, 20_000)  # the last is longer than the
 SETTLING: Final = (100, 500, 2000)  # in which a transition ends that nobody holds up for long
 # Allocations that may fail, by a part of their tags.
 ALLOCATIONS: Final = ("klp_ops", "ftrace_hash", "ftrace_trampoline", "nop", "module", "klp_object")
-# Doors of the service of an operation, about: where it can be stopped.
-DOORS: Final = {
-    Action.ENABLE: 900,
-    Action.MODPROBE: 600,
-    Action.RUN: 300,
-    Action.FTRACE: 180,
-    Action.UNFTRACE: 180,
-    Action.LOAD: 140,
-    Action.DISABLE: 60,
-    Action.REVERSE: 60,
-    Action.UNLOAD: 40,
-}
-FEWER_DOORS: Final = 20
-THROUGH: Final = 60  # turns in which a task gets through most of what it can be in the middle of
-STRIDE: Final = 120  # instructions: a redirected call takes fewer
 _WEIGHTS: Final = {
     Action.ENABLE: 5,
     Action.DISABLE: 4,
@@ -229,54 +214,10 @@ class Grammar:
             varied.append(self.step(random_, varied))
         return varied[:LENGTH]
 
-    def _schedule(
-        self, random_: random.Random, before: Sequence[Step], step: Step
-    ) -> tuple[tuple[str, int], ...]:
-        """Turns of a few tasks: each a number of instructions, or of doors of a service.
-
-        Most races are between two: the operation stops at a door and somebody goes on for a while, or
-        somebody stops somewhere and the operation goes through, or they take turns.
-        """
+    def _schedule(self, random_: random.Random, before: Sequence[Step], step: Step) -> tuple[Turn, ...]:
         system = system_tasks(self.world.cpus)[-self.world.cpus - 1 :]
         spawned = list(dict.fromkeys(each.target for each in before if each.action is Action.SPAWN))
-        serving = system[0] if step.action is Action.RUN else "init"
-        others = [each for each in (*spawned, "init", *system) if each != serving]
-        doors = DOORS.get(step.action, FEWER_DOORS)
-
-        def other(turns: int) -> list[tuple[str, int]]:
-            name = spawned[-1] if spawned and random_.random() < 0.7 else random_.choice(others)
-            if random_.random() < 0.5:
-                return [(name, JIFFY_INSTRUCTIONS)] * turns
-            # The first turn of a task that has just come begins what it does.
-            return [(name, random_.randint(1, STRIDE)) for _ in range(random_.randint(1, 3))]
-
-        stops = [(serving, JIFFY_INSTRUCTIONS)] * random_.choice(
-            (random_.randint(1, doors), _about(random_, doors))
-        )
-        some = _about(random_, THROUGH)
-        match random_.randrange(7):
-            case 0 | 1:
-                turns = [*stops, *other(random_.choice((some, THROUGH)))]
-            case 2 | 3 | 4:
-                turns = [*other(some), *[(serving, JIFFY_INSTRUCTIONS)] * doors]
-            case 5:
-                turns = [*other(some), *stops, *other(some), *other(THROUGH)]
-            case _:
-                turns = self._in_turns(random_, serving, doors, others)
-        return tuple(turns)
-
-    def _in_turns(
-        self, random_: random.Random, serving: str, doors: int, others: Sequence[str]
-    ) -> list[tuple[str, int]]:
-        """An operation from its beginning to its end, another task again and again in between."""
-        name, passed, turns = random_.choice(others[:2]), 0, list[tuple[str, int]]()
-        at_once = random_.choice((4, 20, 60))
-        while passed < doors:
-            count = random_.randint(1, at_once)
-            turns += [(serving, JIFFY_INSTRUCTIONS)] * count
-            turns.append((name, random_.randint(1, STRIDE)))
-            passed += count
-        return turns
+        return interleaved(random_, step.action, spawned, system)
 
     @cached_property
     def _modules(self) -> list[str]:
@@ -343,8 +284,3 @@ def _module(step: Step) -> str:
 
 def _sample(random_: random.Random, names: Sequence[str], least: int, most: int) -> list[str]:
     return random_.sample(names, min(len(names), random_.randint(least, most)))
-
-
-def _about(random_: random.Random, most: int) -> int:
-    """A number of 1 to `most`, smaller ones more often: as many below 10 as from there to 100."""
-    return int(most ** random_.random())
