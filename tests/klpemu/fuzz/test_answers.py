@@ -16,7 +16,7 @@ from klpemu.fuzz.grammar import FTRACE_ENABLED, Grammar
 from klpemu.fuzz.replay import replayed
 from klpemu.fuzz.sequence_runner import Run, SequenceRunner
 from klpemu.fuzz.world import world_of
-from klpemu.scenario import Action, Step
+from klpemu.scenario import Action, DeclaredTask, Step
 from patches import core
 from patches.klp import Klp
 from patches.variants import replaced, variants
@@ -93,6 +93,7 @@ RIGHT = {
         [modprobe("exporter"), modprobe("importer"), Step(Action.UNLOAD, "exporter")],
         "EAGAIN",
     ),
+    "it is there already": ([modprobe("options"), modprobe("options")], ""),
     "it has no exit function": ([modprobe("init_stays"), rmmod("init_stays")], "EBUSY"),
     "a tracer twice": ([COUNT, COUNT], "EEXIST"),
     "no tracer": ([Step(Action.UNFTRACE, "first")], "ENOENT"),
@@ -169,6 +170,23 @@ def test_of_patches_with_states_nothing_is_said() -> None:
     patches = {name: Patch(name, code=f"builtin:{name}.ko") for name in names}
     steps = [enable("klp_state2"), WAIT, enable("klp_state")]
     assert judged_as(patches, steps) == (["", "", "EINVAL"], [])
+
+
+def test_a_transition_that_ends_meanwhile_leaves_the_answer_open(runner: SequenceRunner) -> None:
+    assert not runner.run([*ASLEEP, enable("nap_1")]).findings
+    stepper, asked = runner._stepper, runner._stepper._answers.before(enable("fix_area"))
+    assert asked.transition == "nap_1"
+    assert stepper._error_of(Step(Action.RUN, "5000 ms", msecs=5000)) is None
+    assert stepper._error_of(enable("fix_area")) is None
+    assert stepper._answers.judge(enable("fix_area"), asked, None) is None
+
+
+def test_a_task_may_read_what_is_not_there() -> None:
+    reader = DeclaredTask("reader", ("read(/sys/kernel/livepatch/nap_1/enabled)",), start=False)
+    steps = (Step(Action.SPAWN, "reader"), Step(Action.RUN, "20 ms", msecs=20))
+    run = SequenceRunner(replace(WORLD, tasks={"reader": reader})).run(steps)
+    assert [each.error for each in run.steps] == ["", "ENOENT"]
+    assert not run.findings
 
 
 def found(steps: list[Step], variant: str) -> Run:
