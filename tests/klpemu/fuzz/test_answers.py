@@ -95,6 +95,7 @@ RIGHT = {
     ),
     "it is there already": ([modprobe("options"), modprobe("options")], ""),
     "it has no exit function": ([modprobe("init_stays"), rmmod("init_stays")], "EBUSY"),
+    "time goes by": ([enable("fix_area"), WAIT], ""),
     "a tracer twice": ([COUNT, COUNT], "EEXIST"),
     "no tracer": ([Step(Action.UNFTRACE, "first")], "ENOENT"),
 }
