@@ -9,7 +9,7 @@ from machines import Steps, boot, new_ops, registered
 from elf.errors import KlpemuError
 from emu.cpu import REGISTERS
 from emu.errno import KernelErrno
-from emu.hub import RunToCompletion
+from emu.hub import Hub, RunToCompletion
 from emu.machine import Machine
 from emu.memory import MemoryFault
 from emu.mutex import mutex_held
@@ -310,6 +310,41 @@ def events_of(steps: Sequence[tuple[int, int | None]]) -> list[Any]:
 def test_the_same_schedule_gives_the_same_events_the_same_memory_and_the_same_log(doors: int) -> None:
     steps: list[tuple[int, int | None]] = [(0, None)] * doors + [(1, 7), (0, None), (1, 3)] * 20
     assert events_of(list(steps)) == events_of(list(steps))
+
+
+@pytest.mark.parametrize("doors", [1, 40, 90])
+def test_deciding_at_the_door_or_behind_it_comes_to_the_same(
+    doors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int | None]] = [(0, None)] * doors + [(1, 7), (0, None), (0, None), (1, 3)] * 20
+    keeps, kept = Hub._keeps_its_turn, list[bool]()
+    monkeypatch.setattr(Hub, "_keeps_its_turn", lambda hub: kept.append(keeps(hub)) or kept[-1])
+    at_the_door = events_of(list(steps))
+    assert set(kept) == {True, False}
+    monkeypatch.setattr(Hub, "_keeps_its_turn", lambda hub: False)
+    assert events_of(list(steps)) == at_the_door
+
+
+@pytest.mark.parametrize("deadline", [False, True])
+def test_the_hub_stops_at_the_door_where_the_condition_holds(machine: Machine, deadline: bool) -> None:
+    task, passed = machine.init_task, list[int]()
+    machine.hub.schedule = Steps([(0, None)] * 20)
+
+    def doors() -> None:
+        for number in range(10):
+            passed.append(number)
+            machine.hub.door("test")
+
+    service, now = machine.hub.serve(task, "doors", doors), machine.hub.timers.now
+    if deadline:
+        machine.hub.run(lambda: False, task, deadline=now)
+        assert passed == []
+        machine.hub.run(lambda: len(passed) > 3, task, deadline=now + 1)
+    else:
+        machine.hub.run(lambda: len(passed) > 3, task)
+    assert passed == [0, 1, 2, 3]
+    machine.hub.finish(task, service)
+    assert passed == [*range(10)]
 
 
 def test_another_schedule_gives_other_events() -> None:

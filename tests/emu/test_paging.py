@@ -31,6 +31,21 @@ def test_what_is_written_is_read_back_and_nothing_else_changes(offset: int, data
     assert memory.snapshot().read(BASE, 6 * PAGE_SIZE) == expected
 
 
+@settings(max_examples=50)
+@given(offset=st.integers(0, 3 * PAGE_SIZE), data=st.binary(max_size=2 * PAGE_SIZE))
+def test_what_is_exchanged_is_what_was_there_and_what_is_written(offset: int, data: bytes) -> None:
+    """Within one page that is not executable, within one that is, and over several."""
+    memory, other = space(), space()
+    for each in (memory, other):
+        each.map(BASE, 2 * PAGE_SIZE, Access.WRITE)
+        each.map(BASE + 2 * PAGE_SIZE, 4 * PAGE_SIZE, Access.EXECUTE)
+        each.write(BASE, bytes(range(256)) * (6 * PAGE_SIZE // 256))
+    before = other.read(BASE + offset, len(data))
+    other.write(BASE + offset, data)
+    assert memory.exchange(BASE + offset, data) == before
+    assert memory.read(BASE, 6 * PAGE_SIZE) == other.read(BASE, 6 * PAGE_SIZE)
+
+
 @pytest.mark.parametrize(("offset", "size"), [(-1, 2), (PAGE_SIZE - 1, 2), (-PAGE_SIZE, 1), (PAGE_SIZE, 1)])
 def test_an_access_that_leaves_what_is_mapped_faults_and_stores_nothing(offset: int, size: int) -> None:
     memory = space()
@@ -39,6 +54,8 @@ def test_an_access_that_leaves_what_is_mapped_faults_and_stores_nothing(offset: 
         memory.read(BASE + offset, size)
     with pytest.raises(MemoryFault):
         memory.write(BASE + offset, b"x" * size)
+    with pytest.raises(MemoryFault):
+        memory.exchange(BASE + offset, b"x" * size)
     assert memory.read(BASE, PAGE_SIZE) == bytes(PAGE_SIZE)
     with pytest.raises(MemoryFault):
         memory.snapshot().read(BASE + offset, size)
