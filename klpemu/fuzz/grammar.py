@@ -9,9 +9,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from os import fspath
 from pathlib import Path
 from typing import Final
 
+from klpemu.fixtures import locate
 from klpemu.fuzz.interleaving import Turn, interleaved
 from klpemu.fuzz.module_file import ModuleFile
 from klpemu.scenario import Action, Scenario, Step
@@ -155,6 +157,21 @@ class Grammar:
         if starts and random_.random() < 0.7:
             kinds = [each for each in kinds if each in _CHANGES] or kinds
         kind = random_.choices(kinds, [self._weights[each] for each in kinds])[0]
+        step = random_.choice(self._choices(random_, before, operations, kind))
+        if step.action not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
+            return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
+        if random_.random() < (0.8 if starts else 0.2):
+            return self.scheduled(random_, before, step)
+        return step
+
+    def _choices(
+        self,
+        random_: random.Random,
+        before: Sequence[Step],
+        operations: dict[Action, list[Step]],
+        kind: Action,
+    ) -> list[Step]:
+        """Operations of a kind: mostly, what was done is undone, and what has gone comes back."""
         choices = operations[kind]
         if kind in _UNDOES and random_.random() < 0.9:
             done = {
@@ -163,19 +180,14 @@ class Grammar:
                 if each.action is _UNDOES[kind] or self._is_livepatch(each)
             }
             undone = [each for each in choices if each.target in done]
-            if not undone and _UNDOES[kind] in self.operations:
+            if not undone and _UNDOES[kind] in self.operations:  # it has to be done first
                 kind = _UNDOES[kind]
                 undone = operations.get(kind) or self.operations[kind]
             choices = undone or choices
-        if kind in _LOADS:  # what has gone comes back
+        if kind in _LOADS:
             gone = {each.target for each in before if each.action in _REMOVES}
             choices = [each for each in choices if _module(each) in gone] or choices
-        step = random_.choice(choices)
-        if kind not in (Action.SPAWN, Action.RUN) and random_.random() < 0.03:
-            return replace(step, fail_alloc=random_.choice(ALLOCATIONS))
-        if random_.random() < (0.8 if starts else 0.2):
-            return replace(step, schedule=self._schedule(random_, before, step))
-        return step
+        return choices
 
     def _at_once(self, random_: random.Random, before: Sequence[Step]) -> Step | None:
         """What often comes right behind a step: time for its transition, what it has removed, or a race with
@@ -230,7 +242,7 @@ class Grammar:
         found = {name: set(each.objects) for name, each in self.world.patches.items()}
         for name, each in self.world.patches.items():
             if each.code is not None and not each.objects:
-                found[name].update(ModuleFile.open(Path(each.code)).objnames)
+                found[name].update(ModuleFile.open(locate(fspath(each.code), self.world.base)).objnames)
         return found
 
     @cached_property
