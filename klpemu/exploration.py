@@ -122,7 +122,7 @@ def failing_scenario(explored: Explored) -> Scenario:
     if failure is None:
         raise KlpemuError("all schedules hold", advice="there is nothing to reproduce")
     steps = explored.scenario.steps[: failure.step + 1]
-    return replace(explored.scenario, steps=steps, schedule=failure.schedule)
+    return replace(explored.scenario, steps=steps, schedule=failure.schedule).anchored()
 
 
 def _unscheduled(scenario: Scenario) -> Scenario:

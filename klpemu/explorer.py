@@ -402,7 +402,7 @@ class Explorer:
 
     def _check_bounds(self) -> None:
         counters, bounds = self.counters, self.bounds
-        if bounds.runs is not None and counters["runs"] >= bounds.runs:
+        if bounds.runs is not None and counters["runs"] + counters["merged"] >= bounds.runs:
             counters["stop"] = 1
         if counters["stop"]:
             self._reply(Outcome([0.0] * (self._left + 1)))

@@ -45,19 +45,28 @@ class Forked:
         return self.pid == 0
 
     def answer(self) -> Any:
-        """Wait until the child has answered and is gone; raises KlpemuError if it dies without an answer."""
+        """Wait until the child has answered and is gone.
+
+        If it dies without an answer (somebody killed it, or there was no memory left) this process has none
+        either, and ends: so the first one of all is told, which nobody may take for a finding.
+        """
         data = bytearray()
         while piece := os.read(self.pipe, PIECE):
             data += piece
+        if not data:
+            os._exit(1)
         return self.ended(bytes(data))
 
     def ended(self, data: bytes) -> Any:
-        """The answer, when all of it was read."""
+        """The answer, when all of it was read; raises KlpemuError if there is none."""
         os.close(self.pipe)
         _, status = os.waitpid(self.pid, 0)
         if not data:
             how = os.waitstatus_to_exitcode(status)
-            raise KlpemuError(f"a process of the exploration has died (exit status {how})")
+            raise KlpemuError(
+                f"a process of the exploration has died (exit status {how})",
+                advice="look for what has killed it, or for memory that ran out; --runs N ends earlier",
+            )
         return pickle.loads(data)
 
     def reply(self, answer: Any) -> NoReturn:

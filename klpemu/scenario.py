@@ -5,12 +5,14 @@
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from os import fspath
 from pathlib import Path
 from typing import Final
 
 from klpemu.boot_machine import DEFAULT_CPU
 from klpemu.call_expression import CallExpression
+from klpemu.fixtures import BUILTIN, STOCK
 from patches.livepatch import Patch
 
 __all__ = ["REGISTRATION", "Action", "DeclaredTask", "Scenario", "Step"]
@@ -145,3 +147,28 @@ class Scenario:
     budget: int = 0
     base: Path | None = None
     variants: Sequence[str] = ()
+
+    def anchored(self) -> "Scenario":
+        """The same with absolute paths: wherever it is written to, it means these files."""
+        base = (self.base or Path()).absolute()
+        patches = {
+            name: each if each.code is None else replace(each, code=_absolute(fspath(each.code), Path.cwd()))
+            for name, each in self.patches.items()
+        }
+        loads = (Action.LOAD, Action.MODPROBE)
+        return replace(
+            self,
+            kernel=self.kernel and self.kernel.absolute(),
+            system_map=self.system_map and self.system_map.absolute(),
+            modules=[each.absolute() for each in self.modules],
+            patches=patches,
+            steps=[
+                replace(each, target=_absolute(each.target, base)) if each.action in loads else each
+                for each in self.steps
+            ],
+            base=None,
+        )
+
+
+def _absolute(name: str, base: Path) -> str:
+    return name if name.startswith((BUILTIN, STOCK)) else fspath(base / name)

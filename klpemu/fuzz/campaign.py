@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from typing import Any, Final
 from elf.errors import KlpemuError
 from klpemu.fuzz.corpus import Corpus
 from klpemu.fuzz.coverage import EDGE, STATE, counted
-from klpemu.fuzz.search import Found, Search, name_of, scenario_of
+from klpemu.fuzz.search import Found, Search, name_of
 from klpemu.scenario import Scenario
 from patches.variants import variants
 
@@ -56,6 +57,7 @@ class State:
     found: list[Found] = field(default_factory=list)
     seconds: float = 0.0
     lost: list[str] = field(default_factory=list)  # what a process died of that did not end by itself
+    refused: str = ""  # why a process could not go on: its world, or its corpus
 
     @property
     def rate(self) -> float:
@@ -96,6 +98,7 @@ class Campaign:
         with _processes(self.plan) as pipes:
             waiting = dict(pipes)
             jobs = {pipe: job for job, pipe in enumerate(pipes)}
+            told_to_stop = False
             while waiting:
                 for pipe in wait(list(waiting), timeout=TELLING):
                     assert isinstance(pipe, Connection)
@@ -108,7 +111,8 @@ class Campaign:
                             self._lost(jobs[pipe], process.exitcode)
                 self.state.seconds = time.monotonic() - began
                 watch(self.state)
-                if self._is_over():
+                if self._is_over() and not told_to_stop:
+                    told_to_stop = True
                     for pipe in waiting:
                         _send(pipe, "stop")
         return self.state
@@ -118,9 +122,9 @@ class Campaign:
         plan, corpus = self.plan, Corpus(self.plan.corpus)
         what = f"{SURVIVES}: a process ended with status {status}"
         self.state.lost.append(what)
-        steps = corpus.under_way(name_of(plan.seed, job))
-        if steps:
-            corpus.report(SURVIVES, scenario_of(plan.world, steps), what)
+        scenario = corpus.under_way(name_of(plan.seed, job))
+        if scenario is not None:
+            corpus.report(SURVIVES, scenario, what)
 
     def _is_over(self) -> bool:
         plan, state = self.plan, self.state
@@ -139,19 +143,25 @@ class Campaign:
         state.states += counted(new, STATE)
         state.edges += counted(new, EDGE)
         if told.error:
-            state.lost.append(told.error)
+            state.refused = told.error
 
 
 @contextmanager
 def _processes(plan: Plan) -> Iterator[dict[Connection, Any]]:
     """The processes of a campaign by the pipes to them; none is left when the block ends."""
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # it unblocks SIGINT where it is started
     started: dict[Connection, Any] = {}
     try:
         for job in range(plan.jobs):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(plan, job, theirs), daemon=True)
-            process.start()
+            # Blocked here it is blocked there: Ctrl-C is for the campaign, also while a process begins.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             started[ours] = process
         yield started
@@ -165,18 +175,22 @@ def _processes(plan: Plan) -> Iterator[dict[Connection, Any]]:
 
 def _work(plan: Plan, job: int, pipe: Connection) -> None:
     """One process: search and tell, until told to stop or until its share of the runs is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the campaign says when to stop
     share = None if plan.runs is None else plan.runs // plan.jobs + (job < plan.runs % plan.jobs)
     try:
         with variants(plan.world.variants):
             _search(plan, job, pipe, share)
     except KlpemuError as error:
         _send(pipe, _Told(0, 0, 0, frozenset(), 0, (), str(error)))
+    except OSError as error:  # the corpus cannot be written any more
+        what = f"{error.filename or plan.corpus}: {error.strerror}; make room, or give another folder"
+        _send(pipe, _Told(0, 0, 0, frozenset(), 0, (), what))
     pipe.close()
 
 
 def _search(plan: Plan, job: int, pipe: Connection, share: int | None) -> None:
-    search = Search(plan.world, Corpus(plan.corpus), plan.seed, job)
+    corpus = Corpus(plan.corpus)
+    corpus.note_under_way(name_of(plan.seed, job), None)  # what is there is of an older campaign
+    search = Search(plan.world, corpus, plan.seed, job)
     tell = _Teller(search, pipe)
     told = read = time.monotonic()
     # What was booted stays, and so do the restore points: looking at them again and again for garbage took a
@@ -199,6 +213,7 @@ def _search(plan: Plan, job: int, pipe: Connection, share: int | None) -> None:
             search.read_corpus()
             read = time.monotonic()
     search.note_runs()
+    corpus.note_under_way(name_of(plan.seed, job), None)
     tell(())
 
 

@@ -9,8 +9,7 @@ processes can use one folder.
 
 import hashlib
 import os
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -107,22 +106,20 @@ class Corpus:
         """The scenarios of all that was found."""
         return sorted((self.folder / FINDINGS).glob("*.toml"))
 
-    def note_under_way(self, job: str, steps: Sequence[Step]) -> None:
+    def note_under_way(self, job: str, scenario: Scenario | None) -> None:
         """Write down what a job is about to perform, for whoever finds it dead; not brought to the disk."""
         path = self.folder / PROGRESS / f"{job}{UNDER_WAY}"
-        part = path.with_suffix(_UNFINISHED)
-        part.write_bytes(pickle.dumps(tuple(steps)))
-        os.replace(part, path)
+        if scenario is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_whole(path, scenario_text(scenario))
 
-    def under_way(self, job: str) -> tuple[Step, ...]:
-        """What a job was performing when it died; nothing if nobody knows."""
+    def under_way(self, job: str) -> Scenario | None:
+        """What a job was performing when it died; None if nobody knows."""
         try:
-            steps: tuple[Step, ...] = pickle.loads(
-                (self.folder / PROGRESS / f"{job}{UNDER_WAY}").read_bytes()
-            )
-        except (OSError, pickle.UnpicklingError, EOFError):
-            return ()
-        return steps
+            return read_scenario(self.folder / PROGRESS / f"{job}{UNDER_WAY}")
+        except KlpemuError:
+            return None
 
     def runs_of(self, job: str) -> int:
         """How many runs a job has behind it: the next start goes on there."""

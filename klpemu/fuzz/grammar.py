@@ -78,8 +78,17 @@ class Grammar:
         steps += [Step(Action.WRITE, FTRACE_ENABLED, value=value) for value in "011"]
         found: dict[Action, list[Step]] = {}
         for step in steps:
-            found.setdefault(step.action, []).append(replace(step, line=0))
+            found.setdefault(step.action, []).append(_unexpecting(step))
         return found
+
+    def fits(self, steps: Sequence[Step]) -> bool:
+        """Whether all patches and tasks that are named are of this world."""
+        return all(
+            each.target in self.world.patches
+            if each.action is Action.ENABLE
+            else each.action is not Action.SPAWN or each.target in self.world.tasks
+            for each in steps
+        )
 
     def sequence(self, random_: random.Random, length: int = LENGTH) -> list[Step]:
         """A fresh sequence."""
@@ -96,12 +105,12 @@ class Grammar:
         return self._step(random_, before, self._some(random_, before))
 
     def behind(self, random_: random.Random, before: Sequence[Step], count: int) -> list[Step]:
-        """So many steps that may come behind those, or one more."""
+        """So many steps that may come behind those, or one more if there is room."""
         steps = list(before)
         operations = self._some(random_, before)
         for _ in range(count):
             steps.append(self._step(random_, steps, operations))
-        if steps[-1].action is Action.SPAWN:  # which alone does nothing yet
+        if steps[-1].action is Action.SPAWN and len(steps) < LENGTH:  # which alone does nothing yet
             steps.append(self._step(random_, steps, operations))
         return steps[len(before) :]
 
@@ -285,6 +294,20 @@ class Grammar:
             Step(Action.FTRACE, name, functions=each) for name in TRACERS for each in dict.fromkeys(sets)
         ]
         return registered + [Step(Action.UNFTRACE, name) for name in TRACERS]
+
+
+def _unexpecting(step: Step) -> Step:
+    """The operation without what a scenario expects of it: it comes at any time."""
+    return Step(
+        step.action,
+        step.target,
+        step.call,
+        step.msecs,
+        value=step.value,
+        parameters=step.parameters,
+        functions=step.functions,
+        fail_alloc=step.fail_alloc,
+    )
 
 
 def _module(step: Step) -> str:

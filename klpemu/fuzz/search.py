@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from elf.errors import KlpemuError
 from klpemu.fuzz.corpus import Corpus
 from klpemu.fuzz.coverage import OPERATION, STATE, counted
 from klpemu.fuzz.grammar import LENGTH, Grammar
@@ -72,19 +73,30 @@ class Search:
         self._point: Prefix | None = None  # behind which the next sequences go on
         self._left = 0  # so many of them
         self._race: Step | None = None  # which operation, if all of them are one
+        self._shown: list[Run] = []  # entries of somebody's own that have a finding
         self._fresh = self._varied = 0  # steps that were executed for such sequences
         self.read_corpus()
 
     def read_corpus(self) -> None:
-        """Take in what older campaigns and other processes have found worth keeping."""
+        """Take in what older campaigns and other processes have found worth keeping, as far as it is of this
+        world.
+        """
         for steps, reached in self._corpus.unread():
+            if not self._grammar.fits(steps):
+                continue
             if reached:
                 self._note(steps, reached)
-            else:
-                self._keep(self._runner.run(steps), write=False)
+                continue
+            run = self._runner.run(steps)
+            if run.findings:
+                self._shown.append(run)
+            self._keep(run, write=False)
 
     def advance(self) -> Found | None:
         """One run; returns what it has found if nobody has found that before."""
+        if self._shown:
+            self.tally.runs += 1
+            return self._found(self._shown.pop())
         random_ = random.Random(f"{self._seed}/{self._behind + self.tally.runs}")
         if not self._left:
             self._point = self._next_point(random_)
@@ -119,7 +131,7 @@ class Search:
             # The newest entries are varied most: they are where nobody has been.
             entry = self._entries[-1 - int(len(self._entries) * random_.random() ** 3)]
             steps = self._grammar.varied(random_, entry)
-        self._corpus.note_under_way(self._job, steps)
+        self._note_under_way(steps)
         run = self._runner.run(steps)
         self.tally.executed += len(run.steps)
         self._fresh += len(run.steps) * fresh
@@ -137,7 +149,7 @@ class Search:
         return self._go_on(point, self._grammar.behind(random_, point.steps, count))
 
     def _go_on(self, point: Prefix, steps: Sequence[Step]) -> Run:
-        self._corpus.note_under_way(self._job, (*point.steps, *steps))
+        self._note_under_way((*point.steps, *steps))
         run = self._runner.run(steps, point)
         self.tally.executed += len(run.steps) - len(point.steps)
         return run
@@ -152,6 +164,9 @@ class Search:
     def note_runs(self) -> None:
         """Write down how many runs there were: the next start goes on behind them."""
         self._corpus.note_runs(self._job, self._behind + self.tally.runs)
+
+    def _note_under_way(self, steps: Sequence[Step]) -> None:
+        self._corpus.note_under_way(self._job, scenario_of(self._world, steps))
 
     def _keep(self, run: Run, *, write: bool) -> bool:
         """Remember a run that has reached something new; whether a state of the patch core is among it."""
@@ -209,8 +224,11 @@ def _races(before: Sequence[Step]) -> float:
 
 
 def _shows(scenario: Scenario, signature: str) -> bool:
-    """Performed alone, on a kernel that was just booted, it has the finding."""
-    return any(f" {signature}: " in each for each in replayed(scenario))
+    """Performed alone, on a kernel that was just booted, it has the finding; what does not boot has none."""
+    try:
+        return any(f" {signature}: " in each for each in replayed(scenario))
+    except KlpemuError:
+        return False
 
 
 def name_of(seed: int, job: int) -> str:

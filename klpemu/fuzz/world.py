@@ -48,7 +48,7 @@ def world_of(
                 advice="write them into it, or leave it out",
             )
         read = read_scenario(world)
-        return replace(read, variants=(*read.variants, *variants))
+        return replace(read, variants=(*read.variants, *variants)).anchored()
     names = [(each, name_of(Image.open(each))) for each in modules]
     return Scenario(
         kernel=kernel,
@@ -64,4 +64,4 @@ def world_of(
             *(Step(Action.RMMOD, name) for _, name in names),
         ],
         variants=tuple(variants),
-    )
+    ).anchored()

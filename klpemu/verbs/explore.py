@@ -73,18 +73,20 @@ def explore_(
     output = Output("explore", as_json=as_json, color=color)
     read = read_scenario(scenario)
     path = reproducer or Path(f"failing-{scenario.name}")
+    if not path.parent.is_dir():
+        raise KlpemuError("no such folder", where=str(path.parent), advice="make it, or name another file")
     bounds = Bounds(preemptions, budget, runs)
     interrupted = threading.Event()
     with signals(lambda *_: interrupted.set()), output.gauge() as show:
 
         def progress(now: Progress) -> bool:
-            show(f"up to {now.preemptions} preemptions, {now.runs:,} runs", now.share)
+            show(f"up to {_preemptions(now.preemptions)}, {now.runs:,} runs", now.share)
             return not interrupted.is_set()
 
         explored = explore(read, bounds, reduce=not unreduced, progress=progress)
+    _print(explored, preemptions, path, output)
     if explored.failure is not None:
         _write(explored, path)
-    _print(explored, preemptions, path, output)
     output.finish(_object(explored, shown(scenario), path))
     if explored.failure is not None:
         sys.exit(FINDINGS)

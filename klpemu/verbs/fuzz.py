@@ -12,6 +12,7 @@ from typing import Any, Final
 import click
 from rich.progress import BarColumn, Progress, TextColumn
 
+from elf.errors import KlpemuError
 from klpemu.fixtures import locate, shown
 from klpemu.fuzz.campaign import Campaign, Plan, State
 from klpemu.fuzz.corpus import Corpus
@@ -112,8 +113,12 @@ def fuzz(
     with _progress(campaign.plan) as watch, signals(stop):
         state = campaign.run(watch)
     found = [each for each in Corpus(corpus).findings() if each not in before]
+    if state.refused and not state.runs:
+        raise KlpemuError(state.refused)
     _summary(output, state, found, sorted(before))
     output.finish(_payload(state, found, sorted(before)))
+    if state.refused:
+        raise KlpemuError(state.refused)
     sys.exit(INTERRUPTED if interrupted else FINDINGS if found or state.lost else 0)
 
 

@@ -1,5 +1,6 @@
 """`klpemu explore`."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from command_line import klpemu
+
+from klpemu.fixtures import fixture
 
 TWO_TASKS = """
 title = "Two tasks"
@@ -53,6 +56,30 @@ def test_a_schedule_that_fails_is_written_as_a_scenario_that_fails(tmp_path: Pat
     assert outcome.status == 1
     assert "does not hold with 0 preemptions, in step 'call area_of(3, 4)'" in outcome.out
     assert klpemu("run", str(path)).status == 1
+
+
+def test_a_failing_scenario_finds_its_modules_wherever_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    shutil.copy(fixture("lamp.ko"), tmp_path / "here")
+    scenario, path = tmp_path / "here" / "wrong.toml", tmp_path / "there" / "failing.toml"
+    steps = '[[step]]\nload = "lamp.ko"\n[[step]]\ncall = "area_of(3, 4)"\nreturns = 12\n'
+    scenario.write_text(TWO_TASKS + steps)
+    assert klpemu("explore", str(scenario), "--preemptions", "0", "--output", str(path)).status == 1
+    outcome = klpemu("run", str(path))
+    assert outcome.status == 1, outcome.err
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_run(scenario: Path, tmp_path: Path) -> None:
+    outcome = klpemu("explore", str(scenario), "--output", str(tmp_path / "none" / "failing.toml"))
+    assert outcome.status == 2
+    assert outcome.err == f"klpemu: {tmp_path / 'none'}: no such folder; make it, or name another file\n"
+
+
+def test_it_ends_after_as_many_runs_as_are_asked_for(scenario: Path) -> None:
+    found = klpemu("explore", str(scenario), "--runs", "3", "--json").object
+    assert found["runs"] + found["merged"] <= 4
+    assert not found["complete"]
 
 
 def test_a_scenario_that_cannot_be_read_is_bad_input(tmp_path: Path) -> None:

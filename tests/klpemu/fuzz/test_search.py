@@ -12,7 +12,8 @@ from klpemu.fuzz.replay import replay, replayed
 from klpemu.fuzz.search import Found, Search
 from klpemu.fuzz.shrink import preemptions
 from klpemu.fuzz.world import world_of
-from klpemu.scenario import Scenario
+from klpemu.scenario import Action, Scenario, Step
+from klpemu.step_runner import StepRunner
 from patches.museum import NAMES
 from patches.variants import variants
 
@@ -74,6 +75,59 @@ def test_the_test_beside_a_finding_fails(tmp_path: Path) -> None:
 def test_without_a_bug_nothing_is_found_in_minutes(seed: int, tmp_path: Path) -> None:
     """Together the runs of three minutes, at fifty a second."""
     assert search(tmp_path, "", 4500, seed) is None
+
+
+WORLD_WITH_A_TASK_FROM_THE_START = """
+cpus = 2
+modules = ["builtin:shadow.o"]
+[[patch]]
+name = "fix_area"
+code = "builtin:fix_area.o"
+objects.vmlinux = [{ old = "area_of", new = "fixed_area_of" }]
+[[task]]
+name = "attacher"
+program = ["attach(8, 7)"]
+[[step]]
+call = "measure(3, 4)"
+returns = 99
+"""
+
+
+def test_what_a_task_needs_is_not_left_out_of_a_finding(tmp_path: Path) -> None:
+    """A smaller scenario that does not even boot shows nothing."""
+    path = tmp_path / "world.toml"
+    path.write_text(WORLD_WITH_A_TASK_FROM_THE_START)
+    world = world_of(path, None, None, "qemu64", (), (), ["museum:missing-sync"])
+    with variants(world.variants):
+        found_ = Search(world, Corpus(tmp_path / "corpus"), 1)
+        found = next(each for each in (found_.advance() for _ in range(20)) if each is not None)
+    assert found.scenario.modules
+    assert any(" every_fetch_is_an_instruction: " in each for each in replayed(found.scenario))
+
+
+def test_what_a_world_expects_of_its_steps_is_not_expected_in_a_sequence(tmp_path: Path) -> None:
+    path = tmp_path / "world.toml"
+    path.write_text(WORLD_WITH_A_TASK_FROM_THE_START)
+    world = world_of(path, None, None, "qemu64", (), (), [])
+    searched = Search(world, Corpus(tmp_path / "corpus"), 1)
+    assert all(searched.advance() is None for _ in range(20))
+    for entry in (tmp_path / "corpus" / "entries").glob("*.toml"):
+        assert replay(entry) == []
+
+
+def test_a_defect_of_klpemu_is_a_finding_with_its_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(runner: StepRunner, step: Step) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setitem(StepRunner._operations, Action.FORCE, defect)
+    searched = Search(world_of(None, None, None, "qemu64", (), (), []), Corpus(tmp_path), 1)
+    runs = (searched.advance() for _ in range(200))
+    found = next((each for each in runs if each is not None), None)
+    assert found is not None
+    assert found.signature == "the_step_succeeds"
+    assert "ZeroDivisionError: a defect" in found.what
 
 
 def test_a_finding_that_is_known_is_not_reported_again(tmp_path: Path) -> None:
