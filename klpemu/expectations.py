@@ -26,11 +26,12 @@ from patches.invariants.reachable import IN_USE
 from patches.invariants.replacement import STAY
 from patches.invariants.verify import INVARIANTS as OF_ONE_STATE
 
-__all__ = ["ERROR", "INVARIANTS", "TASK_WORDS", "Expectations", "is_task_word"]
+__all__ = ["ERROR", "INVARIANTS", "SUCCEEDS", "TASK_WORDS", "Expectations", "is_task_word"]
 
 UNCHANGED: Final = failures_leave_the_state_before.__name__
 WARNS: Final = "the_kernel_does_not_warn"
 ERROR: Final = "error_is_the_expected_one"
+SUCCEEDS: Final = "the_step_succeeds"  # said where a step that fails does not end everything
 _OF_A_TIME: Final = (
     *(MIXED, LEFT, FREED, FETCH, MOMENT, GRACE),
     *(STAY, PINS, IN_USE, WARNS, UNCHANGED, RESTORES),

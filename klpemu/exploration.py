@@ -11,6 +11,7 @@ from typing import Any, Final, NoReturn, Protocol
 
 from elf.errors import KlpemuError
 from emu.machine import Machine
+from klpemu.expectations import SUCCEEDS
 from klpemu.explorer import Bounds, Explorer, Failure, Outcome
 from klpemu.forked import Forked
 from klpemu.kernel import Kernel
@@ -22,7 +23,6 @@ from patches.variants import variants
 __all__ = ["Explored", "Performs", "Progress", "explore", "explored", "failing_scenario"]
 
 POLL_SECONDS: Final = 0.1
-STEP_SUCCEEDS: Final = "the_step_succeeds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _run(scenario: Scenario, runner: Performs, explorer: Explorer) -> NoReturn:
         try:
             result = runner.perform(step)
         except KlpemuError as error:
-            explorer.fail([f"{STEP_SUCCEEDS}: {step.name}: {error}"])
+            explorer.fail([f"{SUCCEEDS}: {step.name}: {error}"])
         if not result.report.holds:
             explorer.fail([str(each) for each in result.report.findings])
     explorer.complete()

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from elf.errors import KlpemuError
+from klpemu.expectations import SUCCEEDS
 from klpemu.fixtures import fixture, shown
 from klpemu.scenario import Scenario, Step
 from klpemu.scenario_file import read_scenario
@@ -16,15 +17,12 @@ from patches.museum import bug
 from patches.variants import variants
 
 __all__ = [
-    "STEP_SUCCEEDS",
     "Performer",
     "Shown",
     "museum_scenario",
     "scenario_path",
     "show",
 ]
-
-STEP_SUCCEEDS: Final = "the_step_succeeds"
 
 
 class Performer(Protocol):
@@ -93,7 +91,7 @@ def show(
             try:
                 result = performer.perform(step)
             except KlpemuError as error:
-                stopped = Finding(STEP_SUCCEEDS, shown(error), step=step.name)
+                stopped = Finding(SUCCEEDS, shown(error), step=step.name)
                 break
             results.append(result)
             if result.fault is not None:

@@ -23,6 +23,7 @@ from emu.memory import read_string
 from emu.module_state import ModuleState
 from emu.view import list_for_each_entry
 from klpemu.fixtures import locate
+from klpemu.fuzz.grammar import FTRACE_ENABLED
 from klpemu.fuzz.module_file import ModuleFile, is_chosen
 from klpemu.modprobe import depends_of
 from klpemu.scenario import Action, Step
@@ -32,7 +33,6 @@ from patches.livepatch import VMLINUX, Func, Patch
 __all__ = ["ANSWER", "Answers", "Before", "Wrong"]
 
 ANSWER: Final = "the_answer_is_right"
-FTRACE_ENABLED: Final = "/proc/sys/kernel/ftrace_enabled"
 # The rule of v6.3 instead of 6.1's: 0c05e7bd2d01 ("livepatch,x86: Clear relocation targets on a module
 # removal").  The museum's bug is 6.1 as it is, so whoever asks for it is judged by what repaired it.
 _CLEARED: Final = {"relocation_targets_cleared", "museum:relocations-left"}

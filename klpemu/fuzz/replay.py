@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from emu.errno import KernelErrno
-from klpemu.expectations import ERROR
+from klpemu.expectations import ERROR, SUCCEEDS
 from klpemu.fuzz.answers import ANSWER, Answers
 from klpemu.fuzz.bounds import Bounds, Limit
-from klpemu.fuzz.sequence_runner import SUCCEEDS, forgive_forced, judged
+from klpemu.fuzz.sequence_runner import forgive_forced, judged
 from klpemu.scenario import Scenario
 from klpemu.scenario_file import read_scenario
 from klpemu.step_runner import StepRunner

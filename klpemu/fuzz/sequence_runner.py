@@ -15,7 +15,7 @@ from emu.ftrace_rec import FtraceBug
 from emu.restore_point import RestorePoint, Suspended
 from emu.schedules import Directed
 from emu.traps import GuestFault
-from klpemu.expectations import Expectations
+from klpemu.expectations import SUCCEEDS, Expectations
 from klpemu.file_steps import LOOKS, contents_of
 from klpemu.fuzz.answers import ANSWER, Answers
 from klpemu.fuzz.bounds import BOUND, Bounds, Limit, OutOfBounds
@@ -28,9 +28,8 @@ from klpemu.watched_schedule import WatchedSchedule
 from patches.invariants.before_and_after import state_of
 from patches.invariants.finding import Finding, Report
 
-__all__ = ["SUCCEEDS", "Prefix", "Run", "SequenceRunner", "Stepper", "forgive_forced", "judged"]
+__all__ = ["Prefix", "Run", "SequenceRunner", "Stepper", "forgive_forced", "judged"]
 
-SUCCEEDS: Final = "the_step_succeeds"
 # A random sequence leaves variables behind, as no module's exit function runs that would free them.
 NOT_JUDGED: Final = ("no_shadow_variable_remains",)
 

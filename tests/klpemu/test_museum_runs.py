@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from klpemu import museum
-from klpemu.museum import STEP_SUCCEEDS, museum_scenario, show
+from klpemu.expectations import SUCCEEDS
+from klpemu.museum import museum_scenario, show
 from patches.museum import NAMES, bug
 
 OF_THE_REFERENCE = ("relocations-left",)  # the reference itself has the bug
@@ -38,7 +39,7 @@ def test_a_bug_that_is_switched_off_is_not_found(name: str, monkeypatch: pytest.
 def test_where_the_reference_has_the_bug_its_fix_is_what_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     (name,) = OF_THE_REFERENCE
     monkeypatch.setattr(museum, "bug", lambda name: replace(bug(name), fixed=nullcontext))
-    assert show(name, broken=False).found_by(STEP_SUCCEEDS)
+    assert show(name, broken=False).found_by(SUCCEEDS)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ import pytest
 
 from elf.errors import KlpemuError
 from emu import ftrace, ftrace_code, machine, text_poke, trampoline
-from klpemu.expectations import INVARIANTS
-from klpemu.museum import STEP_SUCCEEDS, museum_scenario
+from klpemu.expectations import INVARIANTS, SUCCEEDS
+from klpemu.museum import museum_scenario
 from patches import core, init_patch, museum, patch, shadow, transition
 from patches.museum import NAMES, Kind, bug, source, story
 from patches.variants import variant
@@ -61,7 +61,7 @@ def test_an_exhibit_says_what_it_is(name: str) -> None:
     exhibit = bug(name)
     assert isinstance(exhibit.kind, Kind)
     assert COMMIT.match(exhibit.commit), exhibit.commit
-    assert exhibit.invariant in (*INVARIANTS, STEP_SUCCEEDS)
+    assert exhibit.invariant in (*INVARIANTS, SUCCEEDS)
     assert not exhibit.title.endswith(".")
     assert exhibit.breaks
     assert len(re.findall(r"[.?](?:\s|$)", story(name))) >= 3, "a story of a few sentences"
