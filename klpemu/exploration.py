@@ -158,8 +158,8 @@ def _explore(
         schedules = outcome.counts
         final_states |= outcome.final_states
     if counters["stop"] and failure is None:
-        out = bounds.runs is not None and counters["runs"] >= bounds.runs
-        stopped = f"after {counters['runs']:,} runs" if out else "interrupted"
+        made = counters["runs"] + counters["merged"]
+        stopped = f"after {made:,} runs" if bounds.runs is not None and made >= bounds.runs else "interrupted"
     gc.unfreeze()
     return Explored(
         scenario,

@@ -32,7 +32,12 @@ __all__ = ["explore_"]
     metavar="K",
     help="Preemptions in a schedule: switches from a task that could have gone on.",
 )
-@click.option("--runs", type=click.IntRange(min=1), metavar="N", help="End after N runs, whatever is left.")
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="End after N runs, whatever is left; what was run then decides the status.",
+)
 @click.option(
     "--budget",
     type=click.IntRange(min=1),
