@@ -48,8 +48,8 @@ REDIRECTING: Final = ("klp_ftrace_handler", "arch_ftrace_ops_list_func")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Where an exploration ends: preemptions in a schedule, picks in a run, and runs, those up to a state that
-    is known included (None: all).
+    """Where an exploration ends: preemptions in a schedule, picks in a run, and runs, those up to a state
+    that is known included (None: all).
     """
 
     preemptions: int = 2
