@@ -48,7 +48,7 @@ REDIRECTING: Final = ("klp_ftrace_handler", "arch_ftrace_ops_list_func")
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """Where an exploration ends: preemptions in a schedule, picks in a run, and runs of any kind (None: all)."""
+    """Where an exploration ends: preemptions in a schedule, picks in a run, runs of any kind (None: all)."""
 
     preemptions: int = 2
     picks: int = 500_000
